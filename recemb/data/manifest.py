@@ -1,7 +1,7 @@
 """The manifest: what an encoded data set holds, and the check that its files are still the ones it describes.
 
-A data set is a directory with one Parquet folder per split, one vocabulary file per encoded feature and ``manifest.json``,
-which is written last: a directory without it is an interrupted preparation, never a data set.
+A data set is a directory with one Parquet folder per split, one vocabulary file per encoded feature and
+``manifest.json``, which is written last: a directory without it is an interrupted preparation, never a data set.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class NumericFeature:
 
     Args:
         name: column name.
-        transform: what the preparation did to the raw value: ``"none"`` or ``"log1p"`` (negatives to 0, then log(1 + x)).
+        transform: what the preparation did to the raw value: ``"none"`` or ``"log1p"`` (negatives to 0, then
+            log(1 + x)).
     """
 
     name: str
@@ -179,7 +180,8 @@ class Manifest:
         version = content.pop("schema_version", None) if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(
-                f"{path}: schema_version must be {SCHEMA_VERSION}, got {version}; prepare the data set again with this recemb"
+                f"{path}: schema_version must be {SCHEMA_VERSION}, got {version}; "
+                "prepare the data set again with this recemb"
             )
         try:
             return Manifest(
