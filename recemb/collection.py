@@ -1,0 +1,163 @@
+"""Drop-in replacements of TorchRec's collections, with any compression method behind them.
+
+Shapes: F features, B batch, N ids in all bags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from recemb.id_checks import IdChecks
+from recemb.method import UNBOUNDED, CompressedTables, Method
+from recemb.methods.full import Full
+
+
+class CompressedEmbeddingBagCollection(nn.Module):
+    """Called like TorchRec's EmbeddingBagCollection: KeyedJaggedTensor in, KeyedTensor out.
+
+    It holds TorchRec collections (it is none: TorchRec silently does not shard subclasses), so
+    ``recemb.prepare`` or DistributedModelParallel find and replace them.
+
+    Args:
+        tables: logical tables; outputs come in this order, feature after feature, as TorchRec's.
+        method: what realises the tables, a class of ``recemb.methods`` or a functools.partial of one.
+        full_below_rows: tables of fewer rows stay full; compressing them saves nothing worth a collision.
+        check_ids: raise on ids outside [0, num_embeddings), naming feature, row and value, at about 1% of a step.
+            Switched off, a wrong id of a full table fails in the kernel, that of a hashed one reads some row.
+
+    Raises:
+        ValueError: no tables, duplicate names, a feature named by two tables, a name TorchRec refuses later, unbounded
+            ids with a method that cannot hash.
+
+    Example:
+        >>> from functools import partial
+        >>> from recemb.methods.unified import Unified
+        >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
+        >>> collection = CompressedEmbeddingBagCollection(tables, partial(Unified, num_embeddings=10**5))
+        >>> ids = KeyedJaggedTensor(["ad"], torch.tensor([7, 8, 9]), lengths=torch.tensor([1, 2]))
+        >>> collection(ids)["ad"].shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        method: Method,
+        *,
+        full_below_rows: int = 0,
+        check_ids: bool = True,
+    ) -> None:
+        super().__init__()
+        check_tables(tables)
+        self._tables = list(tables)
+        small = [table for table in tables if table.num_embeddings < full_below_rows]
+        large = [table for table in tables if table.num_embeddings >= full_below_rows]
+        groups: list[CompressedTables] = [Full(small)] if small else []
+        if large:
+            groups.append(method(large))
+        self.groups = nn.ModuleList(groups)
+        self._group_features = [group.feature_names for group in groups]
+        self._feature_names = [name for table in tables for name in table.feature_names]
+        self._dims = [table.embedding_dim for table in tables for _ in table.feature_names]
+        self._ids = IdChecks(tables) if check_ids else None
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The logical tables, as given."""
+        return self._tables
+
+    def is_weighted(self) -> bool:
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pooled vectors, keyed by feature: values (B, sum of embedding_dims) float32.
+
+        Args:
+            features: int64 ids under at least the keys of the tables, in any order.
+
+        Raises:
+            ValueError: a key is missing, ids are not int64 or int32, or outside [0, num_embeddings).
+        """
+        features = select_keys(features, self._feature_names)
+        if self._ids is not None:
+            self._ids.check(features)
+        if len(self.groups) == 1:
+            values = self.groups[0](features)
+        else:
+            values = self._join(
+                [
+                    group(select_keys(features, names))
+                    for group, names in zip(self.groups, self._group_features, strict=True)
+                ]
+            )
+        return KeyedTensor(self._feature_names, self._dims, values)
+
+    def _join(self, outputs: list[Tensor]) -> Tensor:
+        """Columns of the groups -> the order of the tables."""
+        dims = dict(zip(self._feature_names, self._dims, strict=True))
+        columns: dict[str, Tensor] = {}
+        for output, names in zip(outputs, self._group_features, strict=True):
+            columns.update(zip(names, output.split([dims[name] for name in names], dim=1), strict=True))
+        return torch.cat([columns[name] for name in self._feature_names], dim=1)
+
+
+def compressed_groups(module: nn.Module) -> list[CompressedTables]:
+    """Every method instance inside ``module``."""
+    return [child for child in module.modules() if isinstance(child, CompressedTables)]
+
+
+def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
+    """Refuse what TorchRec would refuse later, or silently misread.
+
+    Raises:
+        ValueError: naming the table, what is required and what came.
+    """
+    if not tables:
+        raise ValueError("tables must hold at least one EmbeddingBagConfig, got none")
+    names: set[str] = set()
+    owners: dict[str, str] = {}
+    for table in tables:
+        if table.name in names:
+            raise ValueError(f"table {table.name!r}: table names must be unique, got it twice")
+        names.add(table.name)
+        if "." in table.name or "@" in table.name:
+            raise ValueError(
+                f"table {table.name!r}: table names must not hold '.' or '@' (state-dict keys of TorchRec)"
+            )
+        if not 1 <= table.num_embeddings <= UNBOUNDED:
+            raise ValueError(f"table {table.name!r}: num_embeddings must be at least 1, got {table.num_embeddings}")
+        if table.embedding_dim < 4 or table.embedding_dim % 4:
+            raise ValueError(
+                f"table {table.name!r}: embedding_dim must be a multiple of 4 (fused kernels), "
+                f"got {table.embedding_dim}"
+            )
+        for feature in table.feature_names:
+            if feature in owners:
+                raise ValueError(
+                    f"feature {feature!r}: one table must own a feature, "
+                    f"got tables {owners[feature]!r} and {table.name!r}"
+                )
+            owners[feature] = table.name
+
+
+def select_keys(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
+    """``features`` with exactly the keys ``names`` in that order; free where it has them already.
+
+    Raises:
+        ValueError: naming the keys that are missing and those that came.
+    """
+    keys = features.keys()
+    if keys == names:
+        return features
+    positions = {key: position for position, key in enumerate(keys)}
+    if missing := [name for name in names if name not in positions]:
+        raise ValueError(f"KeyedJaggedTensor: keys {missing} are required by the tables, got {keys}")
+    return features.permute([positions[name] for name in names])

@@ -1,0 +1,141 @@
+"""Bytes of embedding tables: what serving needs, what training adds, before and after anything is allocated.
+
+One rule: every byte that serving needs is counted, read off the tensors of the module itself (rows, maps, codes, salts,
+projections). The estimate builds the same module on the meta device, so it equals the measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
+from recemb.method import UNBOUNDED, Method
+from recemb.optimizers import EmbeddingOptimizer
+
+_VALUE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TableMemory:
+    """One physical table: its rows and width, its bytes, and the optimizer's bytes beside it while training."""
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of one collection.
+
+    Args:
+        tables: the physical tables.
+        full_tables: logical table name -> bytes it would take uncompressed, in float32; unbounded ones are left out.
+        index_bytes: integer buffers serving needs: maps, codes, masks, hash salts.
+        dense_bytes: parameters and buffers of the method that are not tables: projections, decoders.
+    """
+
+    tables: tuple[TableMemory, ...]
+    full_tables: dict[str, int]
+    index_bytes: int
+    dense_bytes: int
+
+    @property
+    def table_bytes(self) -> int:
+        return sum(table.bytes for table in self.tables)
+
+    @property
+    def serving_bytes(self) -> int:
+        """Everything needed to serve."""
+        return self.table_bytes + self.index_bytes + self.dense_bytes
+
+    @property
+    def optimizer_bytes(self) -> int:
+        return sum(table.optimizer_bytes for table in self.tables)
+
+    @property
+    def full_bytes(self) -> int:
+        return sum(self.full_tables.values())
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than full tables."""
+        return self.full_bytes / self.serving_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: every field and every total, in bytes."""
+        return {
+            **dataclasses.asdict(self),
+            "table_bytes": self.table_bytes,
+            "serving_bytes": self.serving_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
+            "full_bytes": self.full_bytes,
+            "ratio": self.ratio,
+        }
+
+
+def full_table_bytes(tables: Sequence[EmbeddingBagConfig]) -> dict[str, int]:
+    """Table name -> bytes of an uncompressed float32 table; unbounded ids have no full table and are left out."""
+    return {
+        table.name: table.num_embeddings * table.embedding_dim * _VALUE_BYTES
+        for table in tables
+        if table.num_embeddings < UNBOUNDED
+    }
+
+
+def measure_memory(
+    collection: CompressedEmbeddingBagCollection, optimizer: EmbeddingOptimizer | None = None
+) -> MemoryReport:
+    """Bytes of a built collection, before or after ``recemb.prepare``.
+
+    Args:
+        collection: on any device, meta included.
+        optimizer: whose state to count beside the tables; row-wise Adagrad where None.
+    """
+    optimizer = optimizer or EmbeddingOptimizer()
+    tables: list[TableMemory] = []
+    index_bytes = dense_bytes = 0
+    for group in compressed_groups(collection):
+        weights: set[str] = set()
+        for number in range(len(group.lookups)):
+            for config in group.collection(number).embedding_bag_configs():
+                key = f"lookups.{number}.embedding_bags.{config.name}.weight"
+                weights.add(key)
+                weight = group.get_parameter(key)
+                rows, width = weight.shape
+                tables.append(TableMemory(config.name, rows, width, weight.nbytes, optimizer.state_bytes(rows, width)))
+        for key, tensor in group.state_dict().items():
+            if key in weights:
+                continue
+            if tensor.is_floating_point():
+                dense_bytes += tensor.nbytes
+            else:
+                index_bytes += tensor.nbytes
+    return MemoryReport(tuple(tables), full_table_bytes(collection.embedding_bag_configs()), index_bytes, dense_bytes)
+
+
+def estimate_memory(
+    tables: Sequence[EmbeddingBagConfig],
+    method: Method,
+    *,
+    full_below_rows: int = 0,
+    optimizer: EmbeddingOptimizer | None = None,
+) -> MemoryReport:
+    """What ``measure_memory`` says of ``CompressedEmbeddingBagCollection(tables, method)``, without allocating it."""
+    with torch.device("meta"):
+        collection = CompressedEmbeddingBagCollection(tables, method, full_below_rows=full_below_rows)
+    return measure_memory(collection, optimizer)
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and persistent buffers of ``module``."""
+    return sum(tensor.nbytes for tensor in module.state_dict().values())

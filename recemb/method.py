@@ -1,0 +1,165 @@
+"""The contract of a compression method: what turns ids of logical tables into rows of physical ones.
+
+    ids --remap--> slots --lookup in physical tables--> rows --compose--> vectors --pool--> (B, sum of embedding_dims)
+
+A *logical table* is what a CTR model asks for, a TorchRec EmbeddingBagConfig. A *method* realises a group of logical
+tables with *physical tables* that a TorchRec EmbeddingBagCollection owns, so that TorchRec shards them, fbgemm's fused
+kernels train them and checkpoints hold them. A new method is one file in ``recemb/methods`` and one in
+``configs/embedding``; nothing else names it.
+
+Shapes: F features, B batch, N ids in all bags, D embedding_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.bags import Bags
+
+# num_embeddings of a table whose ids are 64-bit hashes in [0, 2**63): no vocabulary, for methods that hash.
+UNBOUNDED = 2**63 - 1
+
+# A method's class, or a functools.partial of it with its options bound: call it with the logical tables.
+Method = Callable[[Sequence[EmbeddingBagConfig]], "CompressedTables"]
+
+
+class CompressedTables(nn.Module):
+    """Base of every method: owns the physical tables of a group of logical ones.
+
+    A subclass says in ``__init__`` which physical tables it keeps and implements ``remap`` and ``compose``; one whose
+    composition is linear may override ``forward`` to pool inside the kernel. Everything that serving needs is a
+    parameter or a persistent buffer (salts, codes, maps), because that is what memory reports count.
+
+    Args:
+        tables: the logical tables, in output order.
+        lookups: the physical tables, as groups that are looked up together: every table of a group gets the same
+            number of slots, in one kernel call. Dimensions must be multiples of 4 (fused kernels).
+
+    Attributes:
+        budget_knob: constructor argument that a byte budget turns (an integer), None where size is fixed.
+        supports_unbounded: takes tables of ``UNBOUNDED`` ids.
+    """
+
+    budget_knob: ClassVar[str | None] = None
+    supports_unbounded: ClassVar[bool] = False
+
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], lookups: Sequence[Sequence[EmbeddingBagConfig]]) -> None:
+        super().__init__()
+        self.tables = list(tables)
+        self.feature_names = [name for table in tables for name in table.feature_names]
+        device = torch.get_default_device()
+        self.lookups = nn.ModuleList(EmbeddingBagCollection(tables=list(group), device=device) for group in lookups)
+        is_mean = [table.pooling == PoolingType.MEAN for table in tables for _ in table.feature_names]
+        self._is_mean: Tensor | None
+        self.register_buffer("_is_mean", torch.tensor(is_mean) if any(is_mean) else None, persistent=False)
+
+    def remap(self, bags: Bags) -> list[list[Tensor]]:
+        """Ids -> slots: for each group of ``lookups``, for each of its tables, (N,) int64 in ``bags.ids`` order."""
+        raise NotImplementedError
+
+    def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
+        """Rows of the physical tables (nested as ``remap`` returned slots, each (N, dim)) -> (N, D) vectors."""
+        raise NotImplementedError
+
+    def embed(self, bags: Bags) -> Tensor:
+        """The vector of every id, before pooling: (N, D), in the order of ``bags.ids.view(-1)``."""
+        slots = self.remap(bags)
+        rows = [self.lookup_rows(index, group) for index, group in enumerate(slots)]
+        return self.compose(rows, bags)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """(B, sum of embedding_dims over features) float32; features in ``feature_names`` order."""
+        bags = Bags.of(features)
+        return bags.pool(self.embed(bags), self._is_mean)
+
+    def lookup_rows(self, index: int, slots: Sequence[Tensor]) -> list[Tensor]:
+        """Rows of each table of ``lookups[index]`` at its (N,) slots, as bags of one id: 8x faster than no pooling."""
+        num_rows = slots[0].numel()
+        bag_offsets = torch.arange(num_rows * len(slots) + 1, device=slots[0].device)
+        pooled = self.lookup_bags(index, slots, bag_offsets, num_rows)
+        return list(pooled.split(self._dims(index), dim=1)) if len(slots) > 1 else [pooled]
+
+    def lookup_bags(self, index: int, slots: Sequence[Tensor], offsets: Tensor, num_bags: int) -> Tensor:
+        """Sums over bags of slots: (num_bags, sum of the tables' dims).
+
+        Args:
+            index: which group of ``lookups``.
+            slots: one flat int64 tensor per table of the group.
+            offsets: (tables * num_bags + 1,) int64 start of each bag, table after table.
+            num_bags: bags per table.
+        """
+        collection = self.collection(index)
+        features = KeyedJaggedTensor(
+            keys=_feature_names(collection),
+            values=slots[0].view(-1) if len(slots) == 1 else torch.cat([slot.view(-1) for slot in slots]),
+            offsets=offsets,
+            stride=num_bags,
+        )
+        return collection(features).values()
+
+    @classmethod
+    def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
+        """Smallest and largest useful value of ``budget_knob``; bytes are monotone between them."""
+        return 1, sum(table.num_embeddings for table in tables)
+
+    def collection(self, index: int) -> EmbeddingBagCollection:
+        """``lookups[index]``: TorchRec's collection, or what ``recemb.prepare`` put in its place (called alike)."""
+        return cast(EmbeddingBagCollection, self.lookups[index])
+
+    def _dims(self, index: int) -> list[int]:
+        return [config.embedding_dim for config in self.collection(index).embedding_bag_configs()]
+
+
+def physical_table(
+    name: str, num_embeddings: int, embedding_dim: int, init_bound: float | Callable[[Tensor], Tensor | None]
+) -> EmbeddingBagConfig:
+    """A physical table that is looked up under its own name.
+
+    Args:
+        name: unique in the model; no "." or "@" (TorchRec).
+        num_embeddings: rows.
+        embedding_dim: width, a multiple of 4.
+        init_bound: initial values are U(-init_bound, init_bound), or a function that fills the weight in place.
+    """
+    if embedding_dim % 4:
+        raise ValueError(
+            f"physical table {name!r}: embedding_dim must be a multiple of 4 (fused kernels), got {embedding_dim}"
+        )
+    init = init_bound if callable(init_bound) else functools.partial(nn.init.uniform_, a=-init_bound, b=init_bound)
+    return EmbeddingBagConfig(
+        name=name,
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        feature_names=[name],
+        pooling=PoolingType.SUM,
+        init_fn=init,
+    )
+
+
+def full_table_variance(tables: Iterable[EmbeddingBagConfig]) -> float:
+    """Variance of the values of full tables, over all rows, at TorchRec's init U(+-sqrt(1 / num_embeddings)).
+
+    Methods whose rows serve several tables start at this variance.
+    """
+    bounded = [table for table in tables if table.num_embeddings < UNBOUNDED]
+    rows = sum(table.num_embeddings for table in bounded)
+    # Each table has num_embeddings rows of variance 1 / (3 * num_embeddings).
+    return len(bounded) / (3 * rows) if rows else 1e-4
+
+
+def uniform_bound(variance: float) -> float:
+    """The a for which U(-a, a) has this variance."""
+    return math.sqrt(3 * variance)
+
+
+def _feature_names(collection: EmbeddingBagCollection) -> list[str]:
+    return [name for config in collection.embedding_bag_configs() for name in config.feature_names]

@@ -1,0 +1,62 @@
+"""Uncompressed tables: the reference every method is measured against.
+
+Reference: Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
+arXiv:1906.00091.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.method import UNBOUNDED, CompressedTables
+
+
+class Full(CompressedTables):
+    """Gives every id a row of its own.
+
+    Memory: ``sum(num_embeddings * embedding_dim) * 4`` bytes.
+
+    Args:
+        tables: the logical tables; they become the physical ones, names and pooling included.
+
+    Raises:
+        ValueError: a table of unbounded ids, which no full table can hold, or a width that is no multiple of 4.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> Full([EmbeddingBagConfig(name="t_ad", num_embeddings=10, embedding_dim=4, feature_names=["ad"])])
+        Full(...)
+    """
+
+    def __init__(self, tables: Sequence[EmbeddingBagConfig]) -> None:
+        for table in tables:
+            if table.num_embeddings >= UNBOUNDED:
+                raise ValueError(
+                    f"table {table.name!r}: a full table needs a finite num_embeddings, got unbounded (hashed) ids; "
+                    "use a method that hashes, or prepare the data with a vocabulary"
+                )
+        # One kernel call per pooling mode; almost always one in all.
+        self._poolings = sorted({table.pooling for table in tables}, key=lambda pooling: pooling.value)
+        lookups = [[table for table in tables if table.pooling == pooling] for pooling in self._poolings]
+        super().__init__(tables, lookups)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        if len(self.lookups) == 1:
+            return self.collection(0)(features).values()
+        vectors: dict[tuple[str, str], Tensor] = {}
+        for index in range(len(self.lookups)):
+            collection = self.collection(index)
+            values = collection(features).values()
+            slots = [
+                (config.name, name, config.embedding_dim)
+                for config in collection.embedding_bag_configs()
+                for name in config.feature_names
+            ]
+            for (table, name, _), part in zip(slots, values.split([dim for *_, dim in slots], dim=1), strict=True):
+                vectors[table, name] = part
+        return torch.cat([vectors[table.name, name] for table in self.tables for name in table.feature_names], dim=1)

@@ -1,0 +1,175 @@
+"""Unified (multiplexed) embeddings: one table for all features, several hashed lookups per id.
+
+Reference: Coleman et al., "Unified Embedding: Battle-Tested Feature Representations for Web-Scale ML Systems",
+NeurIPS 2023, arXiv:2305.12102.
+
+Differs from the paper: the hash is a frozen 64-bit mixer with multiply-shift reduction where the released code takes
+SipHash and modulo; salts come from table names, so target item and history of one table share their vectors.
+
+Shapes: N ids, B batch, F features, P probes (feature, lookup) of the batch, D embedding_dim, W = D / num_lookups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.bags import Bags
+from recemb.hashing import hash_to_slots, salt
+from recemb.method import UNBOUNDED, CompressedTables, full_table_variance, physical_table, uniform_bound
+
+
+class Unified(CompressedTables):
+    """Gives id ``i`` of table ``t`` rows ``hash(t, 0, i)`` to ``hash(t, k_t - 1, i)`` of a shared table, concatenated.
+
+    Memory: ``num_embeddings * W * 4`` bytes, whatever the vocabularies. Collisions between features are harmless where
+    the consumer has weights of its own per feature (concatenation into dense, cross or dot layers); two ids of one
+    feature are confused only if all their k_t rows collide.
+
+    Args:
+        tables: the logical tables; ids may be unbounded 64-bit hashes.
+        num_embeddings: rows of the shared table, over all sub-tables (rounded up to a multiple of their number); what
+            a byte budget turns.
+        num_lookups: k_t, one number or one per table name. More lookups make collisions rarer and rows narrower at the
+            same bytes; 1 or 2 for small widths, more for tables with many ids. ``embedding_dim / k_t`` (W) must be a
+            multiple of 4 and the same for every table: wider tables take more lookups.
+        num_sub_tables: cuts the rows into this many tables of equal size for sharding; probes take turns.
+        seed: changes every hash at once.
+
+    Raises:
+        ValueError: rows not in [1, 2**40], a width that num_lookups does not divide into multiples of 4,
+            tables of several widths W, an unknown table name in num_lookups.
+
+    Example:
+        >>> from torchrec import EmbeddingBagConfig
+        >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
+        >>> Unified(tables, num_embeddings=1000, num_lookups=2)
+        Unified(...)
+    """
+
+    budget_knob: ClassVar[str | None] = "num_embeddings"
+    supports_unbounded: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        *,
+        num_embeddings: int,
+        num_lookups: int | Mapping[str, int] = 1,
+        num_sub_tables: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if num_sub_tables < 1 or num_embeddings < 1:
+            raise ValueError(
+                f"num_embeddings and num_sub_tables must be at least 1, got {num_embeddings} and {num_sub_tables}"
+            )
+        lookups = _lookups_per_table(tables, num_lookups)
+        width = _common_width(tables, lookups)
+        bound = uniform_bound(full_table_variance(tables))
+        # Sub-tables of equal size, so that no probe has fewer rows to fall on than another.
+        self.rows_per_sub_table = -(-num_embeddings // num_sub_tables)
+        super().__init__(
+            tables,
+            [
+                [physical_table(f"unified__{index}", self.rows_per_sub_table, width, bound)]
+                for index in range(num_sub_tables)
+            ],
+        )
+        self._width = width
+        probes = [
+            (table.name, chunk) for table in tables for _ in table.feature_names for chunk in range(lookups[table.name])
+        ]
+        features = [
+            index
+            for index, table in enumerate(table for table in tables for _ in table.feature_names)
+            for _ in range(lookups[table.name])
+        ]
+        # Salts are part of the model, so they are saved, and counted in its bytes.
+        self.salts: Tensor
+        self.register_buffer("salts", torch.tensor([salt(name, chunk, seed) for name, chunk in probes]))
+        self._probe_features: Tensor
+        self.register_buffer("_probe_features", torch.tensor(features), persistent=False)
+        self._is_mean_probe: Tensor | None
+        is_mean = None if self._is_mean is None else self._is_mean[self._probe_features]
+        self.register_buffer("_is_mean_probe", is_mean, persistent=False)
+        self._one_probe_each = features == list(range(len(features)))
+
+    def slots(self, bags: Bags) -> tuple[Bags, Tensor]:
+        """The probes of the batch and their slots within a sub-table, in the order of the probes' ids.
+
+        Probe ``p`` reads sub-table ``p % num_sub_tables``.
+        """
+        probes = bags if self._one_probe_each else bags.select(self._probe_features)
+        return probes, hash_to_slots(probes.ids, probes.per_id(self.salts), self.rows_per_sub_table)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        probes, slots = self.slots(Bags.of(features))
+        if len(self.lookups) == 1:
+            return self._read(0, probes, slots)
+        # (B, P * W) with the probes of each sub-table strided by the number of sub-tables.
+        stride = len(self.lookups)
+        parts = [self._read(index, *_every(probes, slots, index, stride)) for index in range(stride)]
+        output = slots.new_empty(probes.batch_size, probes.num_features, self._width, dtype=parts[0].dtype)
+        for index, part in enumerate(parts):
+            output[:, index::stride] = part.view(probes.batch_size, -1, self._width)
+        return output.view(probes.batch_size, -1)
+
+    def _read(self, index: int, probes: Bags, slots: Tensor) -> Tensor:
+        """Pooled rows of sub-table ``index``: (B, P * W)."""
+        mean = None if self._is_mean_probe is None else self._is_mean_probe[index :: len(self.lookups)]
+        if probes.single or probes.weights is not None:
+            return probes.pool(self.lookup_rows(index, [slots])[0], mean)
+        # A concatenation of rows commutes with sums over the bag, so the kernel pools.
+        sums = self.lookup_bags(index, [slots], probes.offsets(), probes.lengths.numel())
+        return probes.lay_out(sums, mean)
+
+    @classmethod
+    def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
+        bounded = sum(table.num_embeddings for table in tables if table.num_embeddings < UNBOUNDED)
+        # k lookups of width D / k: as many bytes as full tables need k times their rows.
+        widest = max(table.embedding_dim for table in tables) // 4
+        return 1, max(bounded, 1) * widest if bounded else 1 << 33
+
+
+def _every(probes: Bags, slots: Tensor, start: int, stride: int) -> tuple[Bags, Tensor]:
+    """Every ``stride``-th probe from ``start``, with its slots."""
+    if probes.single:
+        chosen = slots[:, start::stride].contiguous()
+        return Bags(chosen, probes.lengths[start::stride], single=True), chosen
+    index = torch.arange(start, probes.num_features, stride, device=slots.device)
+    chosen_bags = Bags(slots, probes.lengths, single=False, weights=probes.weights).select(index)
+    return chosen_bags, chosen_bags.ids
+
+
+def _lookups_per_table(tables: Sequence[EmbeddingBagConfig], num_lookups: int | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(num_lookups, int):
+        return {table.name: num_lookups for table in tables}
+    names = {table.name for table in tables}
+    if unknown := sorted(set(num_lookups) - names):
+        raise ValueError(f"num_lookups names tables {unknown}, which are not among {sorted(names)}")
+    if missing := sorted(names - set(num_lookups)):
+        raise ValueError(f"num_lookups must name every table; missing {missing}")
+    return dict(num_lookups)
+
+
+def _common_width(tables: Sequence[EmbeddingBagConfig], lookups: Mapping[str, int]) -> int:
+    widths: dict[int, str] = {}
+    for table in tables:
+        count = lookups[table.name]
+        if count < 1 or table.embedding_dim % count or table.embedding_dim // count % 4:
+            raise ValueError(
+                f"table {table.name!r}: embedding_dim ({table.embedding_dim}) / num_lookups must be a multiple of 4, "
+                f"got num_lookups {count}"
+            )
+        widths.setdefault(table.embedding_dim // count, table.name)
+    if len(widths) > 1:
+        raise ValueError(
+            "embedding_dim / num_lookups must be one width for all tables of the shared table, got "
+            + ", ".join(f"{width} ({name!r})" for width, name in sorted(widths.items()))
+        )
+    return next(iter(widths))

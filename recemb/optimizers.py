@@ -1,0 +1,120 @@
+"""Optimizers of embedding tables, and the one object the training loop steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+
+from recemb.fused import FusedTables
+
+# Bytes of optimizer state per table, as (per value, per row).
+_STATE_BYTES = {"rowwise_adagrad": (0, 4), "adagrad": (4, 0), "sgd": (0, 0), "adam": (8, 0)}
+_FUSED = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,
+}
+
+
+@dataclass(frozen=True)
+class EmbeddingOptimizer:
+    """How the rows of embedding tables are trained.
+
+    Args:
+        name: ``"rowwise_adagrad"`` (one accumulator a row: 4 bytes a row of state, the default of large tables),
+            ``"adagrad"`` (one a value), ``"sgd"`` (no state) or ``"adam"`` (two a value; fused on CUDA, on CPU a sparse
+            path several times slower, for reproducing papers). Rows that a batch does not touch never move.
+        learning_rate: about 0.02 to 0.1 for the Adagrads, 0.1 to 1 for SGD, 1e-3 for Adam.
+        eps: added to the root of the accumulator.
+
+    Raises:
+        ValueError: unknown name, a learning rate below 0 or an eps below 0.
+    """
+
+    name: str = "rowwise_adagrad"
+    learning_rate: float = 0.05
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.name not in _FUSED:
+            raise ValueError(f"embedding optimizer must be one of {sorted(_FUSED)}, got {self.name!r}")
+        if not self.learning_rate >= 0:
+            raise ValueError(f"embedding optimizer: learning_rate must be at least 0, got {self.learning_rate}")
+        if not self.eps >= 0:
+            raise ValueError(f"embedding optimizer: eps must be at least 0, got {self.eps}")
+
+    def is_fused(self, device: torch.device) -> bool:
+        """Whether fbgemm updates the rows inside backward() on this device (it has no Adam on CPU)."""
+        return self.name != "adam" or device.type == "cuda"
+
+    @property
+    def fbgemm_type(self) -> EmbOptimType:
+        return _FUSED[self.name]
+
+    def state_bytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        """Bytes of optimizer state beside a table of this shape."""
+        per_value, per_row = _STATE_BYTES[self.name]
+        return num_embeddings * (per_value * embedding_dim + per_row)
+
+
+class TrainingOptimizer:
+    """Dense optimizers and fused tables behind one ``step``.
+
+    Fused tables are updated inside ``backward()`` already; ``step`` moves the rest. So a second ``backward()`` is a
+    second update: gradients cannot be accumulated, nor clipped over the whole model.
+
+    Args:
+        fused: module path -> tables that fbgemm trains.
+        optimizers: name -> torch optimizer of everything else (``"dense"``, and ``"sparse"`` for Adam on CPU).
+    """
+
+    def __init__(self, fused: Mapping[str, FusedTables], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+        self.fused = dict(fused)
+        self.optimizers = dict(optimizers)
+        self._base_rates = {
+            name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self.optimizers.items()
+        }
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def set_learning_rate_factor(self, factor: float) -> None:
+        """Train everything at ``factor`` times the learning rates it was built with, from the next backward on."""
+        for name, optimizer in self.optimizers.items():
+            for group, base in zip(optimizer.param_groups, self._base_rates[name], strict=True):
+                group["lr"] = base * factor
+        for tables in self.fused.values():
+            tables.set_learning_rate_factor(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors are the live ones, not copies."""
+        return {
+            "fused": {path: tables.optimizer_state() for path, tables in self.fused.items()},
+            **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises:
+            ValueError: state of other tables or optimizers.
+        """
+        expected = {"fused", *self.optimizers}
+        if set(state) != expected:
+            raise ValueError(f"optimizer state must have {sorted(expected)}, got {sorted(state)}")
+        if set(state["fused"]) != set(self.fused):
+            raise ValueError(f"optimizer state must be of tables {sorted(self.fused)}, got {sorted(state['fused'])}")
+        for path, tables in self.fused.items():
+            tables.load_optimizer_state(state["fused"][path])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])

@@ -1,0 +1,74 @@
+"""From a model that defines its tables to one that trains them fast: fused kernels for TorchRec's plain collections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from recemb.fused import FusedTables
+from recemb.optimizers import EmbeddingOptimizer, TrainingOptimizer
+
+
+def prepare(
+    model: nn.Module,
+    embedding_optimizer: EmbeddingOptimizer,
+    dense_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    *,
+    device: torch.device | str = "cpu",
+) -> tuple[nn.Module, TrainingOptimizer]:
+    """Move ``model`` to ``device`` and replace every EmbeddingBagCollection in it by fused kernels, in place.
+
+    State-dict keys stay the same. With Adam on CPU, for which fbgemm has no kernel, tables stay TorchRec's with sparse
+    gradients and torch's SparseAdam (several times slower; rows that a batch does not touch keep their moments).
+
+    Args:
+        model: any module that holds TorchRec or recemb collections, or is one.
+        embedding_optimizer: trains the tables.
+        dense_optimizer: makes the optimizer of all other parameters, e.g. ``partial(torch.optim.Adam, lr=1e-3)``.
+        device: where to train.
+
+    Returns:
+        The model (the same object, unless it is itself a collection) and the optimizer to step after backward().
+
+    Example:
+        >>> from functools import partial
+        >>> from torchrec import EmbeddingBagConfig
+        >>> tables = [EmbeddingBagConfig(name="t", num_embeddings=10, embedding_dim=4, feature_names=["f"])]
+        >>> model = nn.ModuleDict({"tables": EmbeddingBagCollection(tables=tables), "head": nn.Linear(4, 1)})
+        >>> model, optimizer = prepare(model, EmbeddingOptimizer(), partial(torch.optim.Adam, lr=1e-3))
+    """
+    device = torch.device(device)
+    collections = {path: child for path, child in model.named_modules() if type(child) is EmbeddingBagCollection}
+    fused: dict[str, FusedTables] = {}
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    table_parameters: list[nn.Parameter] = []
+    if embedding_optimizer.is_fused(device):
+        for path, collection in collections.items():
+            fused[path] = FusedTables(collection, embedding_optimizer, device)
+            model = _replace(model, path, fused[path])
+    else:
+        for collection in collections.values():
+            for bag in collection.embedding_bags.values():
+                bag.sparse = True
+                table_parameters.append(bag.weight)
+    model.to(device)
+    if table_parameters:
+        optimizers["sparse"] = torch.optim.SparseAdam(
+            table_parameters, lr=embedding_optimizer.learning_rate, eps=embedding_optimizer.eps
+        )
+    tables = {id(parameter) for parameter in table_parameters}
+    dense = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in tables]
+    if dense:
+        optimizers["dense"] = dense_optimizer(dense)
+    return model, TrainingOptimizer(fused, optimizers)
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    if not path:
+        return new
+    parent_path, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent_path), name, new)
+    return model
