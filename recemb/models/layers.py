@@ -1,0 +1,161 @@
+"""Dense layers of CTR models: the MLP with DLRM's initialisation, the dot interaction, the low-rank cross network.
+
+References: Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
+arXiv:1906.00091 (MLP, dot interaction); Wang et al., "DCN V2: Improved Deep & Cross Network and Practical Lessons for
+Web-scale Learning to Rank Systems", arXiv:2008.13535 (cross network).
+
+Shapes: B batch, F features, D embedding_dim, N vectors that interact (F, plus 1 where there are numeric features),
+P = N(N-1)/2 pairs, W width of a cross network's input, R its rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def initialise_linear(layer: nn.Linear) -> None:
+    """Draws a layer's parameters as DLRM does, in place: W ~ N(0, sqrt(2 / (in + out))), b ~ N(0, sqrt(1 / out)).
+
+    The second argument of N is the standard deviation. Uses torch's global generator: seed it before building a model.
+    """
+    nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / (layer.in_features + layer.out_features)))
+    nn.init.normal_(layer.bias, 0.0, math.sqrt(1.0 / layer.out_features))
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between them, (B, in_features) -> (B, widths[-1]).
+
+    Args:
+        in_features: width of the input.
+        widths: output width of each layer, at least one.
+        relu_last: whether a ReLU follows the last layer too (DLRM: yes for the bottom MLP, no for the over MLP).
+
+    Raises:
+        ValueError: no layer, or a width below 1.
+    """
+
+    def __init__(self, in_features: int, widths: Sequence[int], *, relu_last: bool) -> None:
+        sizes = [in_features, *widths]
+        if not widths or min(sizes) < 1:
+            raise ValueError(
+                f"an MLP needs in_features >= 1 and at least one layer of width >= 1, "
+                f"got in_features {in_features} and widths {list(widths)}"
+            )
+        layers: list[nn.Module] = []
+        for size_in, size_out in zip(sizes, widths, strict=False):
+            linear = nn.Linear(size_in, size_out)
+            initialise_linear(linear)
+            # In place: the backward of a Linear does not need its output, the backward of ReLU needs only its own.
+            layers += [linear, nn.ReLU(inplace=True)]
+        super().__init__(*(layers if relu_last else layers[:-1]))
+
+
+def _row_starts(num_vectors: int) -> list[int]:
+    """Where row i of the strictly lower triangle begins in the flat list of pairs: 0, 0, 1, 3, 6, ..."""
+    return [i * (i - 1) // 2 for i in range(num_vectors)]
+
+
+class _LowerTriangle(torch.autograd.Function):
+    """(B, N, D) vectors -> (B, P) dot products of all pairs i > j, for CPU.
+
+    The rows of the triangle are copied as slices. Autograd's own backward would fill one (B, N, N) gradient per slice, and
+    that of index_select or of a mask scatters element by element; here the slices of the gradient are copied into one
+    zeroed (B, N, N) tensor G, and the result is (G + G^T) V by two batched products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors)
+        products = torch.bmm(vectors, vectors.transpose(1, 2))
+        return torch.cat([products[:, i, :i] for i in range(1, vectors.shape[1])], dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (vectors,) = ctx.saved_tensors
+        batch, num_vectors, _ = vectors.shape
+        lower = gradient.new_zeros(batch, num_vectors, num_vectors)
+        for i, start in enumerate(_row_starts(num_vectors)):
+            lower[:, i, :i] = gradient[:, start : start + i]
+        return torch.bmm(lower, vectors).baddbmm_(lower.transpose(1, 2), vectors)
+
+
+class DotInteraction(nn.Module):
+    """Dot products of all pairs of a sample's vectors, (B, N, D) -> (B, P), P = N(N-1)/2, without self-interaction.
+
+    Order: (1,0), (2,0), (2,1), (3,0) ...: row i of the strictly lower triangle of V V^T after row i - 1. TorchRec's
+    InteractionArch lists the same products as (0,1), (0,2), ...: a head trained there needs its columns permuted.
+
+    Args:
+        num_vectors: N, at least 2.
+
+    Raises:
+        ValueError: fewer than two vectors.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, num_vectors: int) -> None:
+        super().__init__()
+        if num_vectors < 2:
+            raise ValueError(f"a dot interaction needs at least 2 vectors a sample, got {num_vectors}")
+        self.num_vectors = num_vectors
+        row, column = torch.tril_indices(num_vectors, num_vectors, offset=-1)
+        self.register_buffer("pairs", row * num_vectors + column, persistent=False)
+
+    @property
+    def num_pairs(self) -> int:
+        """P, the width of the output."""
+        return self.num_vectors * (self.num_vectors - 1) // 2
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(B, N, D) -> (B, P) of the same dtype, also under autocast."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
+                pairs: Tensor = _LowerTriangle.apply(vectors)
+                return pairs
+            # The CPU form is N small kernels each way: too many launches for a GPU, too many nodes for a compiler.
+            return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
+
+
+class LowRankCrossNet(nn.Module):
+    """DCN V2's cross layers of low rank, (B, W) -> (B, W): x_{l+1} = x_0 * (U_l (V_l x_l) + b_l) + x_l.
+
+    V_l is (R, W), U_l is (W, R), * is elementwise; 2 W R + W parameters a layer. U and V start Xavier normal, b at 0,
+    as in TorchRec's LowRankCrossNet (which MLPerf's DLRM-DCNv2 uses).
+
+    Args:
+        in_features: W.
+        num_layers: cross layers, at least 1; k layers model feature crosses up to degree k + 1. Two or three are usual.
+        rank: R, at least 1. Saves time against full matrices below W / 2; about W / 4 usually keeps their accuracy.
+
+    Raises:
+        ValueError: an argument below 1.
+    """
+
+    def __init__(self, in_features: int, *, num_layers: int, rank: int) -> None:
+        super().__init__()
+        if min(in_features, num_layers, rank) < 1:
+            raise ValueError(
+                f"in_features, num_layers and rank must be at least 1, got {in_features}, {num_layers} and {rank}"
+            )
+        downs = [nn.Linear(in_features, rank, bias=False) for _ in range(num_layers)]
+        ups = [nn.Linear(rank, in_features) for _ in range(num_layers)]
+        for down, up in zip(downs, ups, strict=True):
+            nn.init.xavier_normal_(down.weight)
+            nn.init.xavier_normal_(up.weight)
+            nn.init.zeros_(up.bias)
+        self.down = nn.ModuleList(downs)
+        self.up = nn.ModuleList(ups)
+
+    def forward(self, x_0: Tensor) -> Tensor:
+        """(B, W) -> (B, W)."""
+        x = x_0
+        for down, up in zip(self.down, self.up, strict=True):
+            x = torch.addcmul(x, x_0, up(down(x)))
+        return x
