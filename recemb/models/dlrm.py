@@ -121,10 +121,10 @@ class DLRM(nn.Module):
 
     No sigmoid at the end: train with ``torch.nn.functional.binary_cross_entropy_with_logits``.
 
-    Choosing widths: with ``dot`` the first over layer reads D + F(F+1)/2 values (367 for Criteo at D=16), whatever D, and
-    holds most of the dense parameters and of the dense time: shrink it first. The sizes in use are 256-128 for both MLPs
-    (benchmarks of compression, a laptop), 512-256-64 and 512-256 (the paper, Criteo Kaggle, 34 million rows), and 512-256
-    with 1024-1024-512-256 (MLPerf, Criteo Terabyte). embedding_dim costs table bytes in proportion and little time here.
+    Choosing widths: with ``dot`` the first over layer reads D + F(F+1)/2 values (367 for Criteo at D=16) and holds most
+    of the dense parameters and of the dense time: shrink it first. Sizes in use are 256-128 for both MLPs (comparisons
+    on one machine), 512-256-64 and 512-256 (the paper, Criteo Kaggle, 34 million rows), 512-256 and 1024-1024-512-256
+    (MLPerf, Criteo Terabyte). embedding_dim costs table bytes in proportion and, with ``dot``, little time here.
 
     Args:
         embeddings: KeyedJaggedTensor -> KeyedTensor, with ``embedding_bag_configs()``: TorchRec's
@@ -192,6 +192,6 @@ def _common_dim(embedding_dims: Sequence[int], numeric_width: int) -> int:
         raise ValueError(f"interaction='dot' needs one embedding_dim for all tables, got {dims}; 'dcnv2' takes any")
     if numeric_width not in (0, dims[0]):
         raise ValueError(
-            f"bottom_layers must end in the tables' embedding_dim, {dims[0]}, for interaction='dot', got {numeric_width}"
+            f"bottom_layers must end in the tables' embedding_dim ({dims[0]}) for 'dot', got {numeric_width}"
         )
     return dims[0]

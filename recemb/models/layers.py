@@ -63,9 +63,9 @@ def _row_starts(num_vectors: int) -> list[int]:
 class _LowerTriangle(torch.autograd.Function):
     """(B, N, D) vectors -> (B, P) dot products of all pairs i > j, for CPU.
 
-    The rows of the triangle are copied as slices. Autograd's own backward would fill one (B, N, N) gradient per slice, and
-    that of index_select or of a mask scatters element by element; here the slices of the gradient are copied into one
-    zeroed (B, N, N) tensor G, and the result is (G + G^T) V by two batched products.
+    The rows of the triangle are copied as slices. Autograd's own backward would fill one (B, N, N) gradient per slice,
+    and that of index_select or of a mask scatters element by element; here the slices of the gradient are copied into
+    one zeroed (B, N, N) tensor G, and the result is (G + G^T) V by two batched products.
     """
 
     @staticmethod
