@@ -1,11 +1,12 @@
 """Confidence intervals by resampling rows, or whole users, with replacement.
 
-A replicate never sorts again: rows are laid out once as negatives and positives in the order of their scores, and a replicate
-is a vector of integer weights over them. Weights are Poisson(1), which for large n is the multinomial of the textbook bootstrap
-without its fixed sum (ratios like AUC and mean loss do not see the difference), drawn from 16 random bits a row.
+A replicate never sorts again: rows are laid out once as negatives and positives in the order of their scores, and a
+replicate is a vector of integer weights over them. Weights are Poisson(1), which for large n is the multinomial of the
+textbook bootstrap without its fixed sum (ratios like AUC and mean loss do not see the difference), drawn from 16 random
+bits a row.
 
-Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Chamandy et al., "Estimating Uncertainty for Massive
-Data Streams", 2012 (Poisson weights).
+Reference: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993; Chamandy et al., "Estimating Uncertainty for
+Massive Data Streams", 2012 (Poisson weights).
 
 Shapes: n rows, G users, R replicates.
 """
@@ -49,10 +50,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """Intervals by metric: ``auc``, ``logloss``, ``normalised_entropy``, ``calibration``, with users ``gauc``, ``gauc_users``.
+    """Intervals by metric.
 
     Args:
-        intervals: metric to Interval.
+        intervals: ``auc``, ``logloss``, ``normalised_entropy``, ``calibration``; with users ``gauc``, ``gauc_users``.
         confidence: probability that an interval covers, e.g. 0.95.
         replicates: replicates used.
         left_out: replicates that happened to hold labels of one class only and so have no AUC; 0 but for tiny data.
@@ -87,10 +88,10 @@ def bootstrap(
         probabilities: (n,) in [0, 1].
         scores: (n,) what AUC ranks by; the probabilities where not given. Logits keep apart what a sigmoid rounds to 1.
         losses: (n,) log loss of each row, computed from the probabilities where not given.
-        users: users of the rows. Rows of one user resemble each other, and resampling them one by one would make intervals
-            too narrow; with users, whole users are drawn, for every metric.
-        replicates: R. 200 places an end of the interval within a fifth of a standard error, 1000 within a tenth; the time is
-            about 15 ms a replicate per million rows.
+        users: users of the rows. Rows of one user resemble each other, and resampling them one by one would make
+            intervals too narrow; with users, whole users are drawn, for every metric.
+        replicates: R. 200 places an end of the interval within a fifth of a standard error, 1000 within a tenth; the
+            time is about 15 ms a replicate per million rows.
         confidence: in (0, 1).
         seed: the intervals are the same for the same seed and rows.
 
@@ -103,7 +104,8 @@ def bootstrap(
     check_both_classes(checked, "bootstrap")
     if replicates < 2 or not 0 < confidence < 1:
         raise ValueError(
-            f"bootstrap: at least 2 replicates and a confidence in (0, 1) are required, got {replicates} and {confidence}"
+            "bootstrap: at least 2 replicates and a confidence in (0, 1) are required, "
+            f"got {replicates} and {confidence}"
         )
     layout = _Layout.of(checked, values, ranking, row_losses(checked, values) if losses is None else losses, users)
     generator = np.random.Generator(np.random.SFC64(seed))
@@ -140,9 +142,7 @@ class _Layout:
     users: Integers | None
 
     @staticmethod
-    def of(
-        labels: Booleans, probabilities: Floats, scores: Array, losses: Floats, users: GroupedAuc | None
-    ) -> _Layout:
+    def of(labels: Booleans, probabilities: Floats, scores: Array, losses: Floats, users: GroupedAuc | None) -> _Layout:
         negatives, positives = np.flatnonzero(~labels), np.flatnonzero(labels)
         negatives = negatives[np.argsort(scores[negatives])]
         positives = positives[np.argsort(scores[positives])]

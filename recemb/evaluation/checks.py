@@ -5,10 +5,12 @@ Shapes: n rows (impressions).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 Booleans = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -18,7 +20,7 @@ def check_labels(labels: npt.ArrayLike) -> Booleans:
     """(n,) labels of any numeric dtype or bool -> (n,) bool.
 
     Raises:
-        ValueError: not one-dimensional, empty, not numbers, or a value that is neither 0 nor 1 (the first such row is named).
+        ValueError: not one-dimensional, empty, not numbers, or a value that is neither 0 nor 1 (its row is named).
     """
     array = _vector("labels", labels)
     if array.dtype == np.bool_:
@@ -49,7 +51,8 @@ def check_scores(scores: npt.ArrayLike, rows: int) -> Array:
         wrong = ~np.isfinite(array)
         row = int(wrong.argmax())
         raise ValueError(
-            f"scores: each must be finite, got {array[row]} in row {row} ({int(wrong.sum())} of {rows} rows are NaN or inf)"
+            f"scores: each must be finite, got {array[row]} in row {row} "
+            f"({int(wrong.sum())} of {rows} rows are NaN or inf)"
         )
     return array.astype(np.float32) if array.dtype == np.float16 else array
 
@@ -65,8 +68,8 @@ def check_probabilities(probabilities: npt.ArrayLike, rows: int) -> Floats:
         wrong = (array < 0) | (array > 1)
         row = int(wrong.argmax())
         raise ValueError(
-            f"scores: a probability in [0, 1] is required, got {array[row]} in row {row} ({int(wrong.sum())} of {rows} rows "
-            "are outside); if these are logits, pass them as logits"
+            f"scores: a probability in [0, 1] is required, got {array[row]} in row {row} "
+            f"({int(wrong.sum())} of {rows} rows are outside); if these are logits, pass them as logits"
         )
     return array.astype(np.float64, copy=False)
 

@@ -56,8 +56,8 @@ class GroupedAuc:
         """Mean AUC over the groups that have both classes.
 
         Args:
-            weighting: ``"impressions"`` weighs a group by its rows (what papers call GAUC); ``"users"`` gives every group
-                the same weight, so that heavy users do not decide.
+            weighting: ``"impressions"`` weighs a group by its rows (what papers call GAUC); ``"users"`` gives every
+                group the same weight, so that heavy users do not decide.
 
         Raises:
             ValueError: another weighting, or no group has both classes.

@@ -1,11 +1,12 @@
 """Metrics of click probabilities, exact and in float64.
 
 Every function takes ``(labels, scores)``: (n,) labels in {0, 1} (bool, integer or float) and (n,) scores, which are
-probabilities for all but ``auc`` and ``gauc``, where any increasing function of them (logits) does as well. NaN, inf, labels
-outside {0, 1}, empty input and unequal lengths raise ValueError naming the row; nothing is dropped or clipped unless stated.
+probabilities for all but ``auc`` and ``gauc``, where any increasing function of them (logits) does as well. NaN, inf,
+labels outside {0, 1}, empty input and unequal lengths raise ValueError naming the row; nothing is dropped, and nothing
+clipped unless stated.
 
-Ten million rows take a fraction of a second each: sums run over blocks that stay in the cache, sorts are numpy's vectorised
-ones on values (never an argsort).
+Ten million rows take a fraction of a second each: sums run over blocks that stay in the cache, sorts are numpy's
+vectorised ones on values (never an argsort).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from recemb.evaluation.checks import (
 )
 from recemb.evaluation.grouped import Weighting, grouped_auc
 
-# A probability of exactly 0 or 1 that proves wrong would cost an infinite log loss. Like scikit-learn, probabilities are
-# kept this far away from 0 and 1 (float64 machine epsilon), so that such a row costs 36.04 nats.
+# A probability of exactly 0 or 1 that proves wrong would cost an infinite log loss. As in scikit-learn, probabilities
+# are kept this far away from 0 and 1 (float64 machine epsilon), so that such a row costs 36.04 nats.
 PROBABILITY_MARGIN = float(np.finfo(np.float64).eps)
 DEFAULT_NUM_BINS = 15
 Binning = Literal["width", "mass"]
@@ -98,7 +99,7 @@ def log_loss(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
 
 
 def log_loss_from_logits(labels: npt.ArrayLike, logits: npt.ArrayLike) -> float:
-    """Mean negative log likelihood of ``sigmoid(logits)``, in nats, computed from the logits: never clipped, never infinite.
+    """Mean negative log likelihood of ``sigmoid(logits)``, in nats, from the logits: never clipped, never infinite.
 
     Raises:
         ValueError: bad input.
@@ -140,7 +141,7 @@ def sigmoid(logits: npt.ArrayLike) -> Floats:
 def normalised_entropy(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
     """Log loss over the log loss of always predicting the observed click rate: below 1 beats that constant.
 
-    Unlike log loss it can be compared between data of different click rates. Probabilities of 0 and 1 as in ``log_loss``.
+    Unlike log loss it compares between data of different click rates. Probabilities of 0 and 1 as in ``log_loss``.
 
     Raises:
         ValueError: bad input, a value outside [0, 1], or labels of one class only (the constant then costs nothing).
@@ -215,9 +216,9 @@ def reliability_table(
         labels: (n,) 0 or 1.
         probabilities: (n,) in [0, 1].
         num_bins: bins; 15 as in Guo et al. More bins see finer errors, but each adds noise: keep a thousand rows a bin.
-        binning: ``"width"``: bins of width 1/num_bins over [0, 1]. ``"mass"``: bins of n/num_bins rows, which is what low click
-            rates need, where nearly all predictions share the first equal-width bin. Equal predictions never lie in
-            two bins, so there can be fewer than num_bins.
+        binning: ``"width"``: bins of width 1/num_bins over [0, 1]. ``"mass"``: bins of n/num_bins rows, which is what
+            low click rates need, where nearly all predictions share the first equal-width bin. Equal predictions
+            never lie in two bins, so there can be fewer than num_bins.
 
     Raises:
         ValueError: bad input, a value outside [0, 1], num_bins below 1, another binning.
@@ -274,7 +275,8 @@ def relative_improvement(value: float, baseline: float) -> float:
     """
     if not (0 <= value <= 1 and 0.5 < baseline <= 1):
         raise ValueError(
-            f"relative_improvement: an AUC in [0, 1] and a baseline in (0.5, 1] are required, got {value} and {baseline}"
+            "relative_improvement: an AUC in [0, 1] and a baseline in (0.5, 1] are required, "
+            f"got {value} and {baseline}"
         )
     return 100 * ((value - 0.5) / (baseline - 0.5) - 1)
 
