@@ -27,7 +27,7 @@ def parse_budget(budget: float | int | str, full_bytes: int) -> int:
     """
     text = str(budget).strip().lower()
     if match := re.fullmatch(r"([0-9.]+)\s*x", text):
-        return _share(1 / float(match[1]) if float(match[1]) >= 1 else 0.0, full_bytes, budget)
+        return _share(1 / max(float(match[1]), 0.5), full_bytes, budget)
     if match := re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmg]i?b)", text):
         return int(float(match[1]) * _UNITS[match[2]])
     try:

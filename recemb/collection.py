@@ -132,8 +132,11 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"table {table.name!r}: table names must not hold '.' or '@' (state-dict keys of TorchRec)"
             )
-        if not 1 <= table.num_embeddings <= UNBOUNDED:
-            raise ValueError(f"table {table.name!r}: num_embeddings must be at least 1, got {table.num_embeddings}")
+        if table.num_embeddings > UNBOUNDED:
+            raise ValueError(
+                f"table {table.name!r}: num_embeddings must be at most {UNBOUNDED} (64-bit hashes), "
+                f"got {table.num_embeddings}"
+            )
         if table.embedding_dim < 4 or table.embedding_dim % 4:
             raise ValueError(
                 f"table {table.name!r}: embedding_dim must be a multiple of 4 (fused kernels), "

@@ -1,7 +1,7 @@
 """Portable hashes of ids: 64-bit mixing and reduction to slots, equal on every device and in every release.
 
 A hash is part of a model: change one bit of it and every trained row belongs to other ids. The functions here are
-frozen by golden vectors in the tests, and use only 64-bit integer multiplication, shifts and xor (wrapping two's complement).
+frozen by golden vectors in the tests, and use only wrapping 64-bit integer multiplication, shifts and xor.
 
 Shapes: N ids, any shape broadcast against the salts.
 """

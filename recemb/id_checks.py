@@ -12,6 +12,8 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.method import UNBOUNDED
+
 
 class IdChecks:
     """The ranges of the features of some tables.
@@ -23,9 +25,9 @@ class IdChecks:
     def __init__(self, tables: Sequence[EmbeddingBagConfig]) -> None:
         self._names = [name for table in tables for name in table.feature_names]
         self._tables = [table.name for table in tables for _ in table.feature_names]
-        self._sizes = torch.tensor(
-            [table.num_embeddings for table in tables for _ in table.feature_names], device="cpu"
-        )
+        sizes = [table.num_embeddings for table in tables for _ in table.feature_names]
+        # The last valid id, because the number of 64-bit hashes, 2**63, is no int64.
+        self._last = torch.tensor([size if size == UNBOUNDED else size - 1 for size in sizes], device="cpu")
 
     def check(self, features: KeyedJaggedTensor) -> None:
         """Raise unless every id of feature f is an integer in [0, num_embeddings of its table).
@@ -43,30 +45,30 @@ class IdChecks:
             )
         if values.numel() == 0:
             return
-        sizes = self._sizes.to(values.device)
+        last = self._last.to(values.device)
         num_features = len(self._names)
         lengths = features.length_per_key()
         if len(set(lengths)) == 1:
             low, high = torch.aminmax(values.view(num_features, -1), dim=1)
-            wrong = (low < 0) | (high >= sizes)
+            wrong = (low < 0) | (high > last)
         else:
             limits = torch.repeat_interleave(
-                sizes, torch.tensor(lengths, device=values.device), output_size=values.numel()
+                last, torch.tensor(lengths, device=values.device), output_size=values.numel()
             )
-            wrong = (values < 0) | (values >= limits)
+            wrong = (values < 0) | (values > limits)
         if bool(wrong.any()):
             self._fail(features, values)
 
     def _fail(self, features: KeyedJaggedTensor, values: Tensor) -> None:
-        for name, table, size in zip(self._names, self._tables, self._sizes.tolist(), strict=True):
+        for name, table, last in zip(self._names, self._tables, self._last.tolist(), strict=True):
             bags = features[name]
             ids = bags.values()
-            bad = torch.nonzero((ids < 0) | (ids >= size)).view(-1)
+            bad = torch.nonzero((ids < 0) | (ids > last)).view(-1)
             if bad.numel():
                 position = int(bad[0])
                 sample = int(torch.searchsorted(bags.offsets().to(ids.device), position, right=True)) - 1
                 raise ValueError(
-                    f"feature {name!r} (table {table!r}): ids must be in [0, {size}), got {int(ids[position])} "
+                    f"feature {name!r} (table {table!r}): ids must be in [0, {last + 1}), got {int(ids[position])} "
                     f"in sample {sample} of the batch ({bad.numel()} of {ids.numel()} ids are out of range)"
                 )
         raise AssertionError("an id was out of range, and no feature owns it")

@@ -1,0 +1,88 @@
+"""Tables, ids and plain-loop pooling that the embedding tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "embedding"
+BIG = 2**24 + 3
+
+
+def table(
+    name: str,
+    num_embeddings: int,
+    *,
+    dim: int = 8,
+    features: Sequence[str] = (),
+    pooling: PoolingType = PoolingType.SUM,
+) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=f"t_{name}",
+        num_embeddings=num_embeddings,
+        embedding_dim=dim,
+        feature_names=list(features) or [name],
+        pooling=pooling,
+    )
+
+
+def small_tables(dim: int = 8) -> list[EmbeddingBagConfig]:
+    """Sum and mean pooling, a table that two features share, a table of one row."""
+    return [
+        table("ad", 4000, dim=dim),
+        table("item", 6000, dim=dim, features=["target", "history"], pooling=PoolingType.MEAN),
+        table("site", 500, dim=dim),
+        table("one", 1, dim=dim),
+    ]
+
+
+def bags(keys: Sequence[str], ids: Sequence[Sequence[Sequence[int]]]) -> KeyedJaggedTensor:
+    """ids[f][b] is the bag of feature f in sample b."""
+    return KeyedJaggedTensor(
+        keys=list(keys),
+        values=torch.tensor([i for feature in ids for bag in feature for i in bag], dtype=torch.int64),
+        lengths=torch.tensor([len(bag) for feature in ids for bag in feature], dtype=torch.int32),
+    )
+
+
+# Samples with empty, one-element and long bags, repeated ids, ids 0 and n - 1; keys as in small_tables.
+KEYS = ["ad", "target", "history", "site", "one"]
+MULTI_HOT = [
+    [[0, 3999, 7], [], [5]],
+    [[5999], [0], [17]],
+    [[1, 1, 5999, 4], [], [17]],
+    [[], [499, 0], [3]],
+    [[0], [0], []],
+]
+SINGLE = [[[3999], [0], [12]], [[17], [5999], [0]], [[17], [4], [4]], [[499], [0], [250]], [[0], [0], [0]]]
+
+
+def pool_plainly(
+    vectors: dict[str, dict[int, Tensor]], ids: Sequence[Sequence[Sequence[int]]], means: Sequence[bool]
+) -> Tensor:
+    """Definition: the vector of every id, summed or averaged over its bag, features side by side."""
+    rows = []
+    for b in range(len(ids[0])):
+        columns = []
+        for f, key in enumerate(KEYS):
+            dim = next(iter(vectors[key].values())).numel()
+            total = torch.zeros(dim)
+            for value in ids[f][b]:
+                total = total + vectors[key][value]
+            columns.append(total / len(ids[f][b]) if means[f] and ids[f][b] else total)
+        rows.append(torch.cat(columns))
+    return torch.stack(rows)
+
+
+def embedding_configs() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def load_embedding_config(name: str) -> dict[str, object]:
+    return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))  # type: ignore[return-value]

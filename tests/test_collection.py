@@ -1,0 +1,105 @@
+"""The drop-in collection: inside TorchRec's own DLRM, groups of methods, and everything it refuses."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
+from recemb.method import UNBOUNDED
+from recemb.methods.full import Full
+from recemb.methods.unified import Unified
+from tests.embedding_cases import BIG, KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
+
+
+@pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
+def test_full_equals_torchrec_with_the_same_weights(ids: list[list[list[int]]]) -> None:
+    torch.manual_seed(0)
+    reference = EmbeddingBagCollection(tables=small_tables())
+    ours = CompressedEmbeddingBagCollection(small_tables(), Full)
+    for group in compressed_groups(ours):
+        for index in range(len(group.lookups)):
+            for name, bag in group.collection(index).embedding_bags.items():
+                bag.weight.data.copy_(reference.embedding_bags[name].weight)
+    features = bags(KEYS, ids)
+    assert torch.equal(ours(features).values(), reference(features).values())
+
+
+def test_it_drops_into_torchrecs_dlrm_and_trains() -> None:
+    torch.manual_seed(0)
+    collection = CompressedEmbeddingBagCollection(small_tables(), partial(Unified, num_embeddings=100, num_lookups=2))
+    model = DLRM(
+        embedding_bag_collection=collection,
+        dense_in_features=3,
+        dense_arch_layer_sizes=[16, 8],
+        over_arch_layer_sizes=[16, 1],
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    dense, labels, features = torch.randn(3, 3), torch.tensor([[1.0], [0.0], [1.0]]), bags(KEYS, MULTI_HOT)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(dense, features), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_small_tables_stay_full_in_their_own_columns() -> None:
+    torch.manual_seed(0)
+    method = partial(Unified, num_embeddings=100)
+    collection = CompressedEmbeddingBagCollection(small_tables(), method, full_below_rows=501)
+    full, unified = compressed_groups(collection)
+    assert [t.name for t in full.tables] == ["t_site", "t_one"]
+    assert [t.name for t in unified.tables] == ["t_ad", "t_item"]
+    output = collection(bags(KEYS, SINGLE))
+    assert output.keys() == KEYS
+    weight = full.collection(0).embedding_bags["t_site"].weight
+    assert torch.equal(output["site"], weight[torch.tensor([499, 0, 250])])
+
+
+def test_ids_above_float32_integers_are_checked_exactly() -> None:
+    with torch.device("meta"):
+        collection = CompressedEmbeddingBagCollection([table("a", BIG)], partial(Unified, num_embeddings=10))
+    collection._ids.check(bags(["a"], [[[BIG - 1]]]))  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=rf"got {BIG} in sample 1 of the batch \(1 of 3 ids"):
+        collection._ids.check(bags(["a"], [[[0, 5], [BIG]]]))  # type: ignore[union-attr]
+
+
+def test_float_ids_and_missing_keys_are_refused() -> None:
+    collection = CompressedEmbeddingBagCollection(small_tables(), Full)
+    floats = KeyedJaggedTensor(KEYS, torch.zeros(5), lengths=torch.ones(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="ids must be int64"):
+        collection(floats)
+    with pytest.raises(ValueError, match=r"keys \['site', 'one'\] are required"):
+        collection(bags(KEYS[:3], SINGLE[:3]))
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([], "at least one EmbeddingBagConfig"),
+        ([table("a", 5), table("a", 5)], "'t_a': table names must be unique"),
+        ([table("a.b", 5)], "must not hold '.' or '@'"),
+        ([table("a", 5, dim=6)], "embedding_dim must be a multiple of 4 .*, got 6"),
+        ([table("a", 2**63)], "num_embeddings must be at most 9223372036854775807"),
+        ([table("a", 5), table("b", 5, features=["a"])], "feature 'a': one table must own a feature"),
+        ([table("a", UNBOUNDED)], "a full table needs a finite num_embeddings"),
+    ],
+)
+def test_tables_are_checked_at_construction(tables: list[EmbeddingBagConfig], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressedEmbeddingBagCollection(tables, Full)
+
+
+def test_checks_can_be_switched_off_where_ids_are_hashed() -> None:
+    method = partial(Unified, num_embeddings=10)
+    unchecked = CompressedEmbeddingBagCollection([table("a", 5)], method, check_ids=False)
+    assert unchecked(bags(["a"], [[[99]]])).values().shape == (1, 8)

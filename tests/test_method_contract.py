@@ -1,0 +1,183 @@
+"""What every method owes, run over every configs/embedding/*.yaml: a new method is tested by being there."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from recemb.bags import Bags
+from recemb.budget import fit_to_budget, parse_budget
+from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups, select_keys
+from recemb.memory import estimate_memory, full_table_bytes, measure_memory
+from recemb.method import Method
+from recemb.optimizers import EmbeddingOptimizer
+from recemb.prepare import prepare
+from tests.embedding_cases import (
+    KEYS,
+    MULTI_HOT,
+    SINGLE,
+    bags,
+    embedding_configs,
+    load_embedding_config,
+    pool_plainly,
+    small_tables,
+)
+
+MEANS = [False, True, True, False, False]
+DENSE = partial(torch.optim.SGD, lr=0.1)
+
+
+@pytest.fixture(params=embedding_configs())
+def method(request: pytest.FixtureRequest) -> Method:
+    """The method of one config, at a quarter of the small tables' bytes where it has a size to choose."""
+    config = load_embedding_config(request.param)
+    tables = small_tables()
+    budget = 1.0 if config["budget"] is None else "4x"
+    return fit_to_budget(
+        tables, instantiate(config["method"]), parse_budget(budget, sum(full_table_bytes(tables).values()))
+    )
+
+
+def build(method: Method, seed: int = 0) -> CompressedEmbeddingBagCollection:
+    torch.manual_seed(seed)
+    return CompressedEmbeddingBagCollection(small_tables(), method)
+
+
+def test_output_looks_like_torchrecs(method: Method) -> None:
+    reference = EmbeddingBagCollection(tables=small_tables())
+    features = bags(KEYS, MULTI_HOT)
+    expected, output = reference(features), build(method)(features)
+    assert output.keys() == expected.keys()
+    assert output.values().shape == expected.values().shape
+    assert output.values().dtype == expected.values().dtype
+    assert output.length_per_key() == expected.length_per_key()
+
+
+@pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE, [[[]] * 2] * 5], ids=["multi-hot", "single", "all empty"])
+def test_batches_equal_a_plain_loop_over_ids(method: Method, ids: list[list[list[int]]]) -> None:
+    collection = build(method)
+    vectors: dict[str, dict[int, torch.Tensor]] = {}
+    for key, feature in zip(KEYS, ids, strict=True):
+        vectors[key] = {value: one_vector(collection, key, value) for bag in feature for value in [0, *bag]}
+        vectors[key] = vectors[key] or {0: one_vector(collection, key, 0)}
+    output = collection(bags(KEYS, ids)).values()
+    torch.testing.assert_close(output, pool_plainly(vectors, ids, MEANS), rtol=1e-5, atol=1e-6)
+
+
+def one_vector(collection: CompressedEmbeddingBagCollection, key: str, value: int) -> torch.Tensor:
+    """The vector of one id, alone in its batch: every other bag is empty."""
+    features = bags(KEYS, [[[value] if name == key else []] for name in KEYS])
+    return collection(features)[key][0].detach()
+
+
+def test_features_of_one_table_share_vectors(method: Method) -> None:
+    output = build(method)(bags(KEYS, [[[0]], [[4321]], [[4321]], [[0]], [[0]]]))
+    assert torch.equal(output["target"], output["history"])
+
+
+def test_keys_may_come_in_any_order_and_with_others(method: Method) -> None:
+    collection = build(method)
+    features = bags(KEYS, SINGLE)
+    order = [4, 0, 3, 1, 2]
+    shuffled = bags([*(KEYS[i] for i in order), "other"], [*(SINGLE[i] for i in order), [[1], [2], [3]]])
+    assert torch.equal(collection(shuffled).values(), collection(features).values())
+
+
+def test_every_trainable_parameter_gets_a_gradient(method: Method) -> None:
+    collection = build(method)
+    # Many ids, so that every table is read somewhere; random weights, so that no gradient cancels.
+    ids = [[[i % n] for i in range(512)] for n in (4000, 6000, 6000, 500, 1)]
+    output = collection(bags(KEYS, ids)).values()
+    (output * torch.randn_like(output)).sum().backward()
+    for name, parameter in collection.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_vectors_start_as_wide_as_a_full_tables(method: Method) -> None:
+    reference = EmbeddingBagCollection(tables=small_tables()[:2])
+    full = torch.cat([bag.weight.detach().view(-1) for bag in reference.embedding_bags.values()]).std()
+    ids = [[[i] for i in range(4000)], [[i] for i in range(4000)], *[[[]] * 4000] * 3]
+    output = build(method)(bags(KEYS, ids))
+    ours = torch.cat([output["ad"].reshape(-1), output["target"].reshape(-1)]).std()
+    assert full / 2 < ours < full * 2
+
+
+def test_seed_decides_everything(method: Method) -> None:
+    features = bags(KEYS, MULTI_HOT)
+    first, second, other = (build(method, seed)(features).values() for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_state_dict_carries_the_whole_model(method: Method, tmp_path: Path) -> None:
+    first, second = build(method, 1), build(method, 2)
+    torch.save(first.state_dict(), tmp_path / "model.pt")
+    second.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    features = bags(KEYS, MULTI_HOT)
+    assert torch.equal(first(features).values(), second(features).values())
+
+
+def test_estimate_equals_measurement_and_bytes_on_disk(method: Method) -> None:
+    collection = build(method)
+    estimate = estimate_memory(small_tables(), method)
+    assert estimate == measure_memory(collection)
+    assert estimate.serving_bytes == sum(tensor.nbytes for tensor in collection.state_dict().values())
+
+
+def test_fused_tables_serve_the_same_vectors(method: Method) -> None:
+    collection = build(method)
+    plain = copy.deepcopy(collection)
+    fused, _ = prepare(collection, EmbeddingOptimizer("sgd", 0.1), DENSE)
+    assert not any(type(module) is EmbeddingBagCollection for module in fused.modules())
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for ids in (MULTI_HOT, SINGLE):
+        features = bags(KEYS, ids)
+        assert torch.equal(fused(features).values(), plain(features).values())
+
+
+@pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
+def test_a_fused_sgd_step_equals_autograd_and_torch_sgd(method: Method, ids: list[list[list[int]]]) -> None:
+    plain, fused = build(method), build(method)
+    target = torch.randn(3, 5 * 8, generator=torch.Generator().manual_seed(1))
+    model, optimizer = prepare(fused, EmbeddingOptimizer("sgd", 0.1), DENSE)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for module, step in ((model, optimizer), (plain, reference)):
+        step.zero_grad()
+        ((module(bags(KEYS, ids)).values() - target) ** 2).sum().backward()
+        step.step()
+    trained = plain.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, trained[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_ids_are_never_repaired(method: Method) -> None:
+    collection = build(method)
+    for value in (-1, 500):
+        wrong = [SINGLE[0], SINGLE[1], SINGLE[2], [[0], [value], [1]], SINGLE[4]]
+        with pytest.raises(
+            ValueError, match=rf"'site' \(table 't_site'\): ids must be in \[0, 500\), got {value} in sample 1"
+        ):
+            collection(bags(KEYS, wrong))
+
+
+def test_group_embeds_one_vector_an_id(method: Method) -> None:
+    """Methods that pool in the kernel still define the vector of a single id."""
+    collection = build(method)
+    for group in compressed_groups(collection):
+        features = select_keys(bags(KEYS, SINGLE), group.feature_names)
+        assert Bags.of(features).single
+        assert group(features).shape == (3, 8 * len(group.feature_names))
+
+
+def test_model_moves_through_deepcopy_and_eval(method: Method) -> None:
+    collection = build(method)
+    features = bags(KEYS, MULTI_HOT)
+    assert torch.equal(copy.deepcopy(collection).eval()(features).values(), collection.eval()(features).values())
+    assert isinstance(collection, nn.Module)

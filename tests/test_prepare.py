@@ -1,0 +1,169 @@
+"""Fused kernels against torch's own optimizers, and the one optimizer object of the training loop."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from recemb.fused import FusedTables
+from recemb.optimizers import EmbeddingOptimizer
+from recemb.prepare import prepare
+from tests.embedding_cases import KEYS, MULTI_HOT, bags, small_tables, table
+
+ADAM = partial(torch.optim.Adam, lr=1e-2)
+
+
+class Model(nn.Module):
+    """A plain TorchRec model, as a user has it before recemb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = EmbeddingBagCollection(tables=small_tables())
+        self.head = nn.Linear(40, 1)
+
+    def forward(self, ids: list[list[list[int]]]) -> torch.Tensor:
+        return self.head(self.tables(bags(KEYS, ids)).values())
+
+
+def train(model: nn.Module, optimizer: object, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()  # type: ignore[attr-defined]
+        (model(MULTI_HOT) ** 2 - model(MULTI_HOT)).mean().backward()
+        optimizer.step()  # type: ignore[attr-defined]
+
+
+def one_step(name: str, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(weights before, gradient, weights after two steps with the same gradient) of a single table."""
+    torch.manual_seed(0)
+    collection = EmbeddingBagCollection(tables=[table("a", 6, dim=4)])
+    before = collection.embedding_bags["t_a"].weight.detach().clone()
+    slope = torch.randn(2, 4)
+    model, optimizer = prepare(collection, EmbeddingOptimizer(name, learning_rate, eps=1e-8), ADAM)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(bags(["a"], [[[1, 1, 4], [4]]])).values() * slope).sum().backward()
+        optimizer.step()
+    gradient = torch.zeros(6, 4)
+    for sample, bag in enumerate([[1, 1, 4], [4]]):
+        for value in bag:
+            gradient[value] += slope[sample]
+    return before, gradient, model.state_dict()["embedding_bags.t_a.weight"]
+
+
+def test_rowwise_adagrad_follows_its_definition() -> None:
+    before, gradient, after = one_step("rowwise_adagrad", 0.1)
+    weight, accumulator = before.clone(), torch.zeros(6)
+    for _ in range(2):
+        accumulator += (gradient**2).mean(dim=1)
+        weight -= 0.1 * gradient / (accumulator.sqrt() + 1e-8).unsqueeze(1)
+    torch.testing.assert_close(after, weight)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
+def test_optimizers_equal_torchs(name: str) -> None:
+    before, gradient, after = one_step(name, 0.1)
+    parameter = nn.Parameter(before.clone())
+    reference: torch.optim.Optimizer
+    if name == "adam":
+        # Dense Adam leaves rows alone whose gradients were always zero, as the sparse one does.
+        reference = torch.optim.Adam([parameter], lr=0.1, eps=1e-8)
+    else:
+        reference = (
+            torch.optim.SGD([parameter], lr=0.1)
+            if name == "sgd"
+            else torch.optim.Adagrad([parameter], lr=0.1, eps=1e-8)
+        )
+    for _ in range(2):
+        parameter.grad = gradient.clone()
+        reference.step()
+    torch.testing.assert_close(after, parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_duplicate_ids_of_a_batch_are_summed_before_the_update() -> None:
+    """Row 1 occurs twice in one bag: Adagrad must see the summed gradient once, not two gradients in turn."""
+    before, gradient, after = one_step("rowwise_adagrad", 0.1)
+    first = gradient[1] / (gradient[1] ** 2).mean().sqrt()
+    second = gradient[1] / (2 * (gradient[1] ** 2).mean()).sqrt()
+    torch.testing.assert_close(before[1] - after[1], 0.1 * (first + second), rtol=1e-3, atol=1e-5)
+
+
+def test_state_dict_keys_stay_torchrecs() -> None:
+    plain = Model()
+    keys = list(plain.state_dict())
+    model, _ = prepare(plain, EmbeddingOptimizer(), ADAM)
+    assert list(model.state_dict()) == keys
+    assert isinstance(model.get_submodule("tables"), FusedTables)
+
+
+def test_dense_optimizer_gets_everything_but_tables() -> None:
+    _, optimizer = prepare(Model(), EmbeddingOptimizer(), ADAM)
+    [group] = optimizer.optimizers["dense"].param_groups
+    assert sorted(parameter.numel() for parameter in group["params"]) == [1, 40]
+
+
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
+def test_saved_state_continues_exactly(name: str) -> None:
+    torch.manual_seed(0)
+    start = Model()
+    first, first_optimizer = prepare(copy.deepcopy(start), EmbeddingOptimizer(name, 0.05), ADAM)
+    train(first, first_optimizer, 3)
+    weights, state = copy.deepcopy(first.state_dict()), copy.deepcopy(first_optimizer.state_dict())
+    train(first, first_optimizer, 3)
+    second, second_optimizer = prepare(copy.deepcopy(start), EmbeddingOptimizer(name, 0.05), ADAM)
+    second.load_state_dict(weights)
+    second_optimizer.load_state_dict(state)
+    train(second, second_optimizer, 3)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "adam"])
+def test_learning_rate_factor_reaches_tables_and_head(name: str) -> None:
+    torch.manual_seed(0)
+    model, optimizer = prepare(Model(), EmbeddingOptimizer(name, 0.05), ADAM)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.set_learning_rate_factor(0.0)
+    train(model, optimizer, 2)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    optimizer.set_learning_rate_factor(1.0)
+    train(model, optimizer, 2)
+    assert not any(
+        torch.equal(model.state_dict()[key], before[key])
+        for key in ("head.weight", "tables.embedding_bags.t_ad.weight")
+    )
+
+
+def test_state_of_another_model_is_refused() -> None:
+    _, optimizer = prepare(Model(), EmbeddingOptimizer(), ADAM)
+    with pytest.raises(ValueError, match="optimizer state must have"):
+        optimizer.load_state_dict({"dense": {}})
+    with pytest.raises(ValueError, match="optimizer state must be of tables"):
+        optimizer.load_state_dict({"fused": {}, "dense": {}})
+
+
+def test_kernels_fail_on_ids_out_of_range_rather_than_read_row_zero() -> None:
+    model, _ = prepare(Model(), EmbeddingOptimizer(), ADAM)
+    wrong = copy.deepcopy(MULTI_HOT)
+    wrong[3] = [[], [500], [3]]
+    with pytest.raises(RuntimeError, match="idx < num_rows"):
+        model(wrong)
+
+
+def test_widths_that_fused_kernels_lack_are_refused() -> None:
+    with pytest.raises(ValueError, match="'t_a': embedding_dim must be a multiple of 4"):
+        prepare(EmbeddingBagCollection(tables=[table("a", 6, dim=6)]), EmbeddingOptimizer(), ADAM)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"name": "lamb"}, "must be one of"), ({"learning_rate": -1.0}, "at least 0, got -1"), ({"eps": np.nan}, "eps")],
+)
+def test_optimizer_options_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbeddingOptimizer(**options)  # type: ignore[arg-type]
