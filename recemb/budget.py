@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.memory import estimate_memory
-from recemb.method import CompressedTables, Method
+from recemb.method import Method, method_class
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -75,7 +75,7 @@ def fit_to_budget(
     def size(candidate: Method) -> int:
         return estimate_memory(tables, candidate, full_below_rows=full_below_rows).serving_bytes
 
-    cls = _class_of(method)
+    cls = method_class(method)
     knob = cls.budget_knob
     large = [table for table in tables if table.num_embeddings >= full_below_rows]
     if knob is None or not large:
@@ -108,12 +108,3 @@ def fit_to_budget(
         else:
             high = middle
     return at(low)
-
-
-def _class_of(method: Method) -> type[CompressedTables]:
-    inner = method.func if isinstance(method, functools.partial) else method
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    if not (isinstance(inner, type) and issubclass(inner, CompressedTables)):
-        raise ValueError(f"a budget needs a method class of recemb.methods (or a partial of one), got {inner!r}")
-    return inner

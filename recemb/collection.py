@@ -13,7 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recemb.id_checks import IdChecks
-from recemb.method import UNBOUNDED, CompressedTables, Method
+from recemb.method import UNBOUNDED, CompressedTables, Method, method_class
 from recemb.methods.full import Full
 
 
@@ -58,8 +58,14 @@ class CompressedEmbeddingBagCollection(nn.Module):
         small = [table for table in tables if table.num_embeddings < full_below_rows]
         large = [table for table in tables if table.num_embeddings >= full_below_rows]
         groups: list[CompressedTables] = [Full(small)] if small else []
-        if large:
-            groups.append(method(large))
+        cls = method_class(method)
+        widths = sorted({table.embedding_dim for table in large}) if cls.one_width else [0]
+        for width in widths if large else []:
+            group = [table for table in large if not width or table.embedding_dim == width]
+            if not cls.supports_unbounded and any(table.num_embeddings == UNBOUNDED for table in group):
+                names = [table.name for table in group if table.num_embeddings == UNBOUNDED]
+                raise ValueError(f"tables {names} have unbounded (hashed) ids, which {cls.__name__} cannot take")
+            groups.append(method(group))
         self.groups = nn.ModuleList(groups)
         self._group_features = [group.feature_names for group in groups]
         self._feature_names = [name for table in tables for name in table.feature_names]

@@ -47,10 +47,12 @@ class CompressedTables(nn.Module):
     Attributes:
         budget_knob: constructor argument that a byte budget turns (an integer), None where size is fixed.
         supports_unbounded: takes tables of ``UNBOUNDED`` ids.
+        one_width: every table of a group must have the same embedding_dim; collections then make a group per width.
     """
 
     budget_knob: ClassVar[str | None] = None
     supports_unbounded: ClassVar[bool] = False
+    one_width: ClassVar[bool] = True
 
     def __init__(self, tables: Sequence[EmbeddingBagConfig], lookups: Sequence[Sequence[EmbeddingBagConfig]]) -> None:
         super().__init__()
@@ -117,6 +119,20 @@ class CompressedTables(nn.Module):
 
     def _dims(self, index: int) -> list[int]:
         return [config.embedding_dim for config in self.collection(index).embedding_bag_configs()]
+
+
+def method_class(method: Method) -> type[CompressedTables]:
+    """The class behind a method, whatever its options.
+
+    Raises:
+        ValueError: not a class of recemb.methods, nor a functools.partial of one.
+    """
+    inner = method.func if isinstance(method, functools.partial) else method
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if not (isinstance(inner, type) and issubclass(inner, CompressedTables)):
+        raise ValueError(f"method must be a class of recemb.methods or a functools.partial of one, got {inner!r}")
+    return inner
 
 
 def physical_table(

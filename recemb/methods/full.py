@@ -7,13 +7,14 @@ arXiv:1906.00091.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from recemb.method import UNBOUNDED, CompressedTables
+from recemb.method import CompressedTables
 
 
 class Full(CompressedTables):
@@ -25,7 +26,7 @@ class Full(CompressedTables):
         tables: the logical tables; they become the physical ones, names and pooling included.
 
     Raises:
-        ValueError: a table of unbounded ids, which no full table can hold, or a width that is no multiple of 4.
+        ValueError: no finite number of rows (unbounded ids), from the collection.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -33,13 +34,9 @@ class Full(CompressedTables):
         Full(...)
     """
 
+    one_width: ClassVar[bool] = False
+
     def __init__(self, tables: Sequence[EmbeddingBagConfig]) -> None:
-        for table in tables:
-            if table.num_embeddings >= UNBOUNDED:
-                raise ValueError(
-                    f"table {table.name!r}: a full table needs a finite num_embeddings, got unbounded (hashed) ids; "
-                    "use a method that hashes, or prepare the data with a vocabulary"
-                )
         # One kernel call per pooling mode; almost always one in all.
         self._poolings = sorted({table.pooling for table in tables}, key=lambda pooling: pooling.value)
         lookups = [[table for table in tables if table.pooling == pooling] for pooling in self._poolings]

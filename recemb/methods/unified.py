@@ -54,6 +54,7 @@ class Unified(CompressedTables):
 
     budget_knob: ClassVar[str | None] = "num_embeddings"
     supports_unbounded: ClassVar[bool] = True
+    one_width: ClassVar[bool] = False
 
     def __init__(
         self,
