@@ -91,7 +91,7 @@ def bootstrap(
         users: users of the rows. Rows of one user resemble each other, and resampling them one by one would make
             intervals too narrow; with users, whole users are drawn, for every metric.
         replicates: R. 200 places an end of the interval within a fifth of a standard error, 1000 within a tenth; the
-            time is about 15 ms a replicate per million rows.
+            time is about 15 ms a replicate per million rows, 30 with users.
         confidence: in (0, 1).
         seed: the intervals are the same for the same seed and rows.
 
@@ -174,21 +174,21 @@ def _replicate(layout: _Layout, users: GroupedAuc | None, generator: np.random.G
     num_negatives, num_positives = float(negatives_up_to[-1]), float(of_positives.sum())
     if num_negatives == 0 or num_positives == 0:
         return None
-    pairs = np.dot(of_positives, negatives_up_to.take(layout.below))
+    pairs = _dot(of_positives, negatives_up_to.take(layout.below))
     if layout.not_above is not None:
-        pairs = (pairs + np.dot(of_positives, negatives_up_to.take(layout.not_above))) / 2
+        pairs = (pairs + _dot(of_positives, negatives_up_to.take(layout.not_above))) / 2
 
     loss = predicted = 0.0
     for start in range(0, len(weights), _BLOCK_ROWS):
         block = slice(start, start + _BLOCK_ROWS)
         wide = weights[block].astype(np.float64)
-        loss += float(np.dot(wide, layout.losses[block]))
-        predicted += float(np.dot(wide, layout.probabilities[block]))
+        loss += _dot(wide, layout.losses[block])
+        predicted += _dot(wide, layout.probabilities[block])
     num_rows = num_positives + num_negatives
     rate = num_positives / num_rows
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
     result = {
-        "auc": float(pairs) / (num_positives * num_negatives),
+        "auc": pairs / (num_positives * num_negatives),
         "logloss": loss / num_rows,
         "normalised_entropy": loss / num_rows / entropy,
         "calibration": predicted / num_positives,
@@ -201,6 +201,12 @@ def _replicate(layout: _Layout, users: GroupedAuc | None, generator: np.random.G
         result["gauc"] = float(np.average(users.auc[kept], weights=drawn * impressions))
         result["gauc_users"] = float(np.average(users.auc[kept], weights=drawn))
     return result
+
+
+def _dot(left: Floats, right: Floats) -> float:
+    # Not np.dot: its BLAS wakes a thread a core for vectors of this size, and they stall by 10 to 100 times when another
+    # process holds a core.
+    return float(np.einsum("i,i->", left, right))
 
 
 def _poisson_table() -> Weights:

@@ -20,7 +20,8 @@ from recemb.evaluation.checks import Array, Floats, Integers, check_labels, chec
 Weighting = Literal["impressions", "users"]
 
 
-@dataclass(frozen=True)
+# Comparing arrays has no one answer, so no generated ==.
+@dataclass(frozen=True, eq=False)
 class GroupedAuc:
     """The AUC of each group.
 

@@ -173,7 +173,8 @@ def calibration(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> float:
     return mean(values) * len(checked) / positives
 
 
-@dataclass(frozen=True)
+# Comparing arrays has no one answer, so no generated ==.
+@dataclass(frozen=True, eq=False)
 class ReliabilityTable:
     """Predictions in bins, beside what happened there; only bins with rows.
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 ROW_GROUP_ROWS = 65_536
 
 
-@dataclass(frozen=True)
+# Comparing arrays has no one answer, so no generated ==.
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """Labels and scores of the same rows.
 
