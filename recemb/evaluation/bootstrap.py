@@ -204,8 +204,8 @@ def _replicate(layout: _Layout, users: GroupedAuc | None, generator: np.random.G
 
 
 def _dot(left: Floats, right: Floats) -> float:
-    # Not np.dot: its BLAS wakes a thread a core for vectors of this size, and they stall by 10 to 100 times when another
-    # process holds a core.
+    # Not np.dot: its BLAS wakes a thread a core for vectors of this size, and they stall by 10 to 100 times when
+    # another process holds a core.
     return float(np.einsum("i,i->", left, right))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -154,7 +155,9 @@ def run(config: Mapping[str, Any], load_model: ModelLoader) -> Outcome:
         write_predictions(source.predictions, folder / "predictions.parquet", label=source.label)
     reliability_plot(evaluation, folder / "reliability.png", title=f"Reliability: {source.title}")
     for column in settings.slices:
-        slice_plot(evaluation, column, folder / f"slices_{column}.png", title=f"AUC by {column}: {source.title}")
+        # A column's name may hold what a file's name must not.
+        name = re.sub(r"[^\w.-]+", "_", column)
+        slice_plot(evaluation, column, folder / f"slices_{name}.png", title=f"AUC by {column}: {source.title}")
     content = {"source": source.description, "settings": asdict(settings), "seconds": seconds, **evaluation.to_dict()}
     write_json(folder / RESULT_NAME, content)
     return Outcome(evaluation, folder)

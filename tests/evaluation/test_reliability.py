@@ -1,5 +1,7 @@
 """Calibration error and reliability tables against a plain loop over rows and bins."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from recemb.evaluation.metrics import expected_calibration_error, reliability_ta
 def plain_error(labels, probabilities, edges):
     """ECE over bins [edges[k], edges[k + 1]), the last one closed."""
     error = 0.0
-    for number, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
         last = number == len(edges) - 2
         inside = [i for i, p in enumerate(probabilities) if low <= p and (p < high or (last and p == high))]
         if inside:
