@@ -14,12 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from recemb.versions import INSTALL, SUPPORTED, installed_versions, problems
-
-if TYPE_CHECKING:
-    import torch
 
 Status = Literal["ok", "warning", "failed"]
 
@@ -90,13 +87,14 @@ def check_cpu() -> Iterator[Finding]:
 
 def check_cpu_kernels() -> Iterator[Finding]:
     """One training step of each fused optimizer on a tiny table, forward and backward, against the closed form."""
+    importlib.import_module("fbgemm_gpu")
     for name in ("EXACT_SGD", "EXACT_ADAGRAD", "EXACT_ROWWISE_ADAGRAD"):
-        yield _kernel_finding(name, "cpu", "reinstall fbgemm-gpu-cpu: " + INSTALL)
-    adam = _kernel_finding("ADAM", "cpu", "")
-    if adam.status == "ok":
-        yield adam
-    else:
+        yield _kernel_finding(name, "cpu", INSTALL)
+    adam = _kernel_finding("ADAM", "cpu", "optimizer=adam takes the sparse path on CPU, 6 to 14x slower", "warning")
+    if "not supported in CPU mode" in adam.detail:
         yield Finding(adam.name, "ok", "not fused, as expected: optimizer=adam takes the sparse path, 6 to 14x slower")
+    else:
+        yield adam
 
 
 def check_cuda() -> Iterator[Finding]:
@@ -132,8 +130,7 @@ def check_bfloat16() -> Iterator[Finding]:
 
     capabilities = torch.cpu.get_capabilities()
     flags = [flag for flag in ("avx512_bf16", "amx_bf16", "bf16") if capabilities.get(flag)]
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    speed = seconds[torch.float32] / seconds[torch.bfloat16]
+    speed = _bfloat16_speed()
     detail = f"{', '.join(flags) or 'no instructions for it'}; matrix products run at {speed:.1f}x the speed of float32"
     if speed > 1.1:
         yield Finding("bfloat16 on CPU", "ok", detail)
@@ -179,12 +176,13 @@ def examine() -> Iterator[Finding]:
 
 def main() -> int:
     """Prints the findings; 1 where one of them failed, else 0."""
-    findings = []
+    findings: list[Finding] = []
     for finding in examine():
-        findings.append(finding)
         print(f"[{finding.status:^7}] {finding.name}: {finding.detail}", flush=True)
         if finding.advice:
-            print(f"          -> {finding.advice}", flush=True)
+            known = any(finding.advice == earlier.advice for earlier in findings)
+            print(f"          -> {'the same as above' if known else finding.advice}", flush=True)
+        findings.append(finding)
     counts = {status: sum(finding.status == status for finding in findings) for status in ("warning", "failed")}
     verdict = "recemb cannot train here" if counts["failed"] else "recemb works here"
     print(f"{verdict}: {counts['failed']} failed, {counts['warning']} warnings")
@@ -238,17 +236,26 @@ def _kernel_error(optimizer: str, device: str) -> float:
     return max(float(difference.abs().max()) for difference in differences)
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best of a few products of a size that the over MLP of a DLRM has."""
+def _bfloat16_speed() -> float:
+    """How many times faster than float32 the CPU multiplies bfloat16 matrices, of the size of a DLRM's widest layer."""
     import torch
 
-    left, right = torch.ones(2048, 384, dtype=dtype), torch.ones(384, 256, dtype=dtype)
-    times = []
-    for _ in range(8):
+    def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
         start = time.perf_counter()
         torch.mm(left, right)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        return time.perf_counter() - start
+
+    operands = [
+        (torch.ones(2048, 384, dtype=t), torch.ones(384, 256, dtype=t)) for t in (torch.float32, torch.bfloat16)
+    ]
+    threads = torch.get_num_threads()
+    # Two threads measure the neighbours of a shared machine more than the instructions.
+    torch.set_num_threads(1)
+    try:
+        times = [[seconds(*pair) for pair in operands] for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    return min(single for single, _ in times) / min(half for _, half in times)
 
 
 def _first_line(error: BaseException) -> str:

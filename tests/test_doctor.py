@@ -39,6 +39,7 @@ def test_one_failed_check_makes_the_exit_status_one_and_hides_no_other(
 
     def check_last() -> Iterator[Finding]:
         yield Finding("last", "warning", "slow", "buy a faster one")
+        yield Finding("very last", "warning", "slower", "buy a faster one")
 
     monkeypatch.setattr(doctor, "CHECKS", (check_kernels, check_last))
     assert doctor.main() == 1
@@ -48,7 +49,9 @@ def test_one_failed_check_makes_the_exit_status_one_and_hides_no_other(
         "          -> see the findings above",
         "[warning] last: slow",
         "          -> buy a faster one",
-        "recemb cannot train here: 1 failed, 1 warnings",
+        "[warning] very last: slower",
+        "          -> the same as above",
+        "recemb cannot train here: 1 failed, 2 warnings",
     ]
 
 
@@ -72,6 +75,24 @@ def test_a_kernel_that_computes_something_else_fails(monkeypatch: pytest.MonkeyP
     assert findings[0].status == "failed" and "off by 2.5e-01" in findings[0].detail
 
 
+def test_bfloat16_is_measured_on_one_thread_and_the_threads_come_back() -> None:
+    threads = torch.get_num_threads()
+    assert 0.01 < doctor._bfloat16_speed() < 100
+    assert torch.get_num_threads() == threads
+
+
+def test_kernels_are_not_tried_where_fbgemm_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> object:
+        raise OSError("Could not load this library")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_cpu_kernels,))
+    finding = only(doctor.examine())
+    assert finding == Finding(
+        "cpu kernels", "failed", "could not be checked: OSError: Could not load this library", "see the findings above"
+    )
+
+
 def test_fused_adam_is_not_expected_on_cpu() -> None:
     *fused, adam = doctor.check_cpu_kernels()
     assert [finding.status for finding in fused] == ["ok"] * 3
@@ -82,7 +103,7 @@ def test_fused_adam_is_not_expected_on_cpu() -> None:
 def test_slow_bfloat16_is_a_warning_that_names_the_setting(
     speed: float, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_matmul_seconds", lambda dtype: 1.0 if dtype == torch.float32 else 1.0 / speed)
+    monkeypatch.setattr(doctor, "_bfloat16_speed", lambda: speed)
     finding = only(doctor.check_bfloat16())
     assert finding.status == status and f"{speed:.1f}x the speed of float32" in finding.detail
     assert ("trainer.precision=fp32" in finding.advice) == (status == "warning")
