@@ -8,6 +8,7 @@ Shapes: F features, B batch, N ids in all bags.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from recemb.row_update import RowwiseAdagrad, UpdatingLookup, fbgemm_stalls, occurrence_gradients
 
 if TYPE_CHECKING:
     from recemb.optimizers import EmbeddingOptimizer
@@ -37,7 +40,7 @@ class FusedTables(nn.Module):
         device: where the tables lie.
 
     Raises:
-        ValueError: a width that is no multiple of 4, or tables that are not float32.
+        ValueError: a width that is no multiple of 4, tables that are not float32, per-id weights with mean pooling.
     """
 
     def __init__(self, collection: EmbeddingBagCollection, optimizer: EmbeddingOptimizer, device: torch.device) -> None:
@@ -45,6 +48,9 @@ class FusedTables(nn.Module):
         self._configs = list(collection.embedding_bag_configs())
         self._is_weighted = collection.is_weighted()
         for config in self._configs:
+            if self._is_weighted and config.pooling == PoolingType.MEAN:
+                # TorchRec's plain collection refuses it at the first call, and fbgemm's gradient is another function's.
+                raise ValueError(f"table {config.name!r}: per-id weights need sum pooling, got mean")
             if config.embedding_dim % 4:
                 raise ValueError(
                     f"table {config.name!r}: embedding_dim must be a multiple of 4 (fused kernels), "
@@ -53,11 +59,18 @@ class FusedTables(nn.Module):
         self._base_rate = optimizer.learning_rate
         self._keys = [name for config in self._configs for name in config.feature_names]
         self._dims = [config.embedding_dim for config in self._configs for _ in config.feature_names]
-        poolings = {config.pooling for config in self._configs}
-        # A kernel has one pooling mode; kept in a plain list, because its flat weights are the tables seen once more.
+        in_torch = device.type == "cpu" and optimizer.name == "rowwise_adagrad" and fbgemm_stalls()
+        # A kernel has one pooling mode, and one width where torch updates its rows; kept in a plain list, because its
+        # flat weights are the tables seen once more.
+        kinds = {(config.pooling, config.embedding_dim if in_torch else 0) for config in self._configs}
         self._kernels = [
-            _Kernel([config for config in self._configs if config.pooling == pooling], pooling, optimizer, device)
-            for pooling in sorted(poolings, key=lambda pooling: pooling.value)
+            _Kernel(
+                [c for c in self._configs if c.pooling == pooling and width in (0, c.embedding_dim)],
+                optimizer,
+                device,
+                in_torch=in_torch,
+            )
+            for pooling, width in sorted(kinds, key=lambda kind: (kind[0].value, kind[1]))
         ]
         self.embedding_bags = nn.ModuleDict()
         weights = {name: weight for kernel in self._kernels for name, weight in kernel.weights().items()}
@@ -102,7 +115,7 @@ class FusedTables(nn.Module):
     def set_learning_rate_factor(self, factor: float) -> None:
         """Train at ``factor`` times the optimizer's learning rate."""
         for kernel in self._kernels:
-            kernel.batched.set_learning_rate(self._base_rate * factor)
+            kernel.set_learning_rate(self._base_rate * factor)
 
     def optimizer_state(self) -> dict[str, list[Tensor]]:
         """Live optimizer state by table name, e.g. the (num_embeddings,) row-wise accumulators; empty for SGD."""
@@ -135,16 +148,18 @@ class _Weight(nn.Module):
 
 
 class _Kernel:
-    """One table-batched kernel: all tables of one pooling mode."""
+    """One table-batched kernel: all tables of one pooling mode, and of one width if ``in_torch`` updates their rows."""
 
     def __init__(
         self,
         configs: Sequence[EmbeddingBagConfig],
-        pooling: PoolingType,
         optimizer: EmbeddingOptimizer,
         device: torch.device,
+        *,
+        in_torch: bool,
     ) -> None:
         self.configs = list(configs)
+        self._mean = configs[0].pooling == PoolingType.MEAN
         self.keys = [name for config in configs for name in config.feature_names]
         self.dims = [config.embedding_dim for config in configs for _ in config.feature_names]
         on_cuda = device.type == "cuda"
@@ -156,14 +171,49 @@ class _Kernel:
             optimizer=optimizer.fbgemm_type,
             learning_rate=optimizer.learning_rate,
             eps=optimizer.eps,
-            pooling_mode=_POOLING[pooling],
+            pooling_mode=_POOLING[configs[0].pooling],
             device=device,
             # recemb names feature and value where it checks ids; for other callers the kernel must at least fail.
             bounds_check_mode=BoundsCheckMode.FATAL,
         )
 
+        self._learning_rate = optimizer.learning_rate
+        self._adagrad: RowwiseAdagrad | None = None
+        if in_torch:
+            width, rows = configs[0].embedding_dim, sum(config.num_embeddings for config in configs)
+            flat = self.batched.weights_host.detach().view(rows, width)
+            self._adagrad = RowwiseAdagrad(flat, self.batched.momentum1_host, optimizer.eps)
+            starts = [0, *itertools.accumulate(config.num_embeddings for config in configs)]
+            self._first_rows = torch.tensor(
+                [start for start, config in zip(starts, configs, strict=False) for _ in config.feature_names]
+            )
+            self._trigger = torch.zeros((), requires_grad=True)
+
     def lookup(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        return self.batched(ids.long(), offsets.long(), weights)
+        ids, offsets = ids.long(), offsets.long()
+        learned_weights = weights is not None and weights.requires_grad
+        if self._adagrad is None or learned_weights or not torch.is_grad_enabled():
+            return self.batched(ids, offsets, weights)
+        return UpdatingLookup.apply(
+            self._trigger,
+            lambda: self.batched(ids, offsets, weights),
+            lambda gradient: self._update(gradient, ids, offsets, weights),
+        )
+
+    def _update(self, gradient: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
+        assert self._adagrad is not None
+        num_features = len(self.keys)
+        batch_size = (offsets.numel() - 1) // num_features
+        # Rows of the stacked tables: the id plus its table's first row.
+        if num_features > 1:
+            counts = offsets[::batch_size].diff() if batch_size else offsets.new_zeros(num_features)
+            ids = ids + torch.repeat_interleave(self._first_rows, counts, output_size=ids.numel())
+        rows, gradients = occurrence_gradients(gradient, ids, offsets, num_features, self._mean, weights)
+        self._adagrad.update(rows, gradients, self._learning_rate)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
+        self.batched.set_learning_rate(learning_rate)
 
     def weights(self) -> dict[str, Tensor]:
         views = self.batched.split_embedding_weights()

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.fused import FusedTables
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.prepare import prepare
-from tests.embedding_cases import KEYS, MULTI_HOT, bags, small_tables, table
+from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
 
@@ -63,6 +65,33 @@ def test_rowwise_adagrad_follows_its_definition() -> None:
         accumulator += (gradient**2).mean(dim=1)
         weight -= 0.1 * gradient / (accumulator.sqrt() + 1e-8).unsqueeze(1)
     torch.testing.assert_close(after, weight)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_rows_updated_in_torch_equal_rows_updated_by_fbgemm(is_weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two widths, sum and mean, shared tables, multi-hot, single and empty batches, per-id weights."""
+    tables = [*small_tables(8)[:3], table("one", 1, dim=4)]
+    if is_weighted:
+        tables[1].pooling = PoolingType.SUM
+    generator = torch.Generator().manual_seed(0)
+    slope = torch.randn(3, 8 * 4 + 4, generator=generator)
+    results = []
+    for in_torch in (False, True):
+        monkeypatch.setattr("recemb.fused.fbgemm_stalls", lambda in_torch=in_torch: in_torch)
+        torch.manual_seed(0)
+        collection = EmbeddingBagCollection(tables=tables, is_weighted=is_weighted)
+        model, optimizer = prepare(collection, EmbeddingOptimizer("rowwise_adagrad", 0.1), ADAM)
+        for ids in (MULTI_HOT, SINGLE, [[[]] * 3] * 5, MULTI_HOT):
+            features = bags(KEYS, ids)
+            if is_weighted:
+                weights = torch.linspace(0.5, 2, features.values().numel())
+                features = KeyedJaggedTensor(KEYS, features.values(), weights=weights, lengths=features.lengths())
+            (model(features).values() * slope).sum().backward()
+        [fused] = optimizer.fused.values()
+        results.append((model.state_dict(), {name: state[0] for name, state in fused.optimizer_state().items()}))
+    for kernel, ours in zip(*results, strict=True):
+        for name, tensor in kernel.items():
+            torch.testing.assert_close(ours[name], tensor, msg=name)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "adam"])
@@ -153,6 +182,11 @@ def test_kernels_fail_on_ids_out_of_range_rather_than_read_row_zero() -> None:
     wrong[3] = [[], [500], [3]]
     with pytest.raises(RuntimeError, match="idx < num_rows"):
         model(wrong)
+
+
+def test_weights_of_averaged_bags_are_refused() -> None:
+    with pytest.raises(ValueError, match="'t_item': per-id weights need sum pooling, got mean"):
+        prepare(EmbeddingBagCollection(tables=small_tables(), is_weighted=True), EmbeddingOptimizer(), ADAM)
 
 
 def test_widths_that_fused_kernels_lack_are_refused() -> None:
