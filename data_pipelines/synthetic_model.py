@@ -1,7 +1,7 @@
 """The generative model of the synthetic log: which values a row has, and the probability of its click.
 
-Every number is a hash of (seed, what it is, row or id), never the state of a random stream: any range of rows can be made
-alone, in any order, in chunks of any size, and comes out the same; an id's parameters need no table, so memory is
+Every number is a hash of (seed, what it is, row or id), never the state of a random stream: any range of rows can be
+made alone, in any order, in chunks of any size, and comes out the same; an id's parameters need no table, so memory is
 that of one chunk whatever the number of ids.
 
 Shapes: B rows of a chunk.
@@ -37,8 +37,8 @@ NUMERIC_STD = 0.7
 # Size of each dimension of a latent vector. The first one is the id's bias over again: effects that interact are mostly
 # strong ones, and a model can find a product whose factors it already knows.
 LATENT_WEIGHTS = (1.0, 0.7)
-# Rank at which an id's bias and vector are smaller by sqrt(2). Without this, ids that occur a few times in a million rows
-# would hold most of the optimum, and its distance would say nothing about a model.
+# Rank at which an id's bias and vector are smaller by sqrt(2). Without this, ids that occur a few times in a million
+# rows would hold most of the optimum, and its distance would say nothing about a model.
 TAIL_RANK = 300.0
 # Radians of a numeric effect's wave per standard deviation of the logarithm.
 WAVE = 0.7
@@ -84,7 +84,10 @@ def hash_counters(stream: int, counters: UInt64) -> UInt64:
 
 def uniform(stream: int, counters: UInt64) -> Float64:
     """(B,) draws from (0, 1), never 0 or 1: 52 bits of the hash, in the middle of their interval."""
-    draws = (hash_counters(stream, counters) >> np.uint64(12)).astype(np.float64)
+    bits = hash_counters(stream, counters)
+    bits >>= np.uint64(12)
+    # Through int64: processors convert signed integers to float several times faster.
+    draws = bits.view(np.int64).astype(np.float64)
     draws += 0.5
     draws *= 2.0**-52
     return draws
@@ -92,7 +95,7 @@ def uniform(stream: int, counters: UInt64) -> Float64:
 
 def standardised(hashes: UInt64, lane: int) -> Float64:
     """(B,) uniform numbers of mean 0 and variance 1 from the 16-bit lane ``lane`` (0 to 3) of the hashes."""
-    values = ((hashes >> np.uint64(16 * lane)) & np.uint64(0xFFFF)).astype(np.float64)
+    values = hashes.view("<u2")[lane::4].astype(np.float64)
     values += 0.5
     values *= math.sqrt(12.0) / 65536
     values -= math.sqrt(12.0) / 2
@@ -248,8 +251,10 @@ class ClickModel:
     def latent_vectors(self, shape: CategoricalShape, identifiers: UInt64, dimensions: int) -> list[Float64]:
         """``dimensions`` arrays (B,): each id's vector before LATENT_WEIGHTS; the first dimension is its bias."""
         hashes = hash_counters(key(self.seed, shape.name, "latent"), identifiers)
-        slots = identifiers >> np.uint64(1)
-        strength = 1.0 / np.sqrt(1.0 + slots / TAIL_RANK)
+        slots = (identifiers >> np.uint64(1)).view(np.int64)
+        strength = slots / TAIL_RANK
+        strength += 1.0
+        strength = 1.0 / np.sqrt(strength, out=strength)
         strength[slots == self.cardinalities[shape.name]] = 1.0  # the missing value is frequent
         return [strength * standardised(hashes, lane) for lane in range(dimensions)]
 
@@ -270,7 +275,7 @@ class ClickModel:
         draws += first
         slots = np.power(draws, 1.0 / power, out=draws)
         slots -= shape.offset
-        identifiers = np.clip(slots, 0, size - 1, out=slots).astype(np.uint64)
+        identifiers = np.clip(slots, 0, size - 1, out=slots).astype(np.int64).view(np.uint64)
         if size >= CHURN_FROM_IDS:
             moment = uniform(key(self.seed, shape.name, "churn"), identifiers)
             replaced = (moment < CHURN * time) & (identifiers >= CHURN_FROM_RANK)

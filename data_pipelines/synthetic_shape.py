@@ -22,7 +22,8 @@ class CategoricalShape:
     Args:
         name: column name.
         cardinality: distinct values in Criteo.
-        exponent, offset: popularity of rank k (from 0) is the mass of ``x ** -exponent`` on [k + offset, k + offset + 1).
+        exponent, offset: popularity of rank k (from 0) is the mass of ``x ** -exponent`` on
+            [k + offset, k + offset + 1).
         null_fraction: share of rows without a value.
         null_group: columns of one group are null together.
         bias: weight of the per-id bias in the logit, before the biases are scaled as a whole. Few columns carry most of
@@ -131,7 +132,9 @@ def cardinalities(total_ids: int) -> dict[str, int]:
 
     def scaled(scale: float) -> dict[str, int]:
         return {
-            shape.name: shape.cardinality if shape.cardinality <= floor else max(floor, round(shape.cardinality * scale))
+            shape.name: shape.cardinality
+            if shape.cardinality <= floor
+            else max(floor, round(shape.cardinality * scale))
             for shape in CATEGORICAL
         }
 
