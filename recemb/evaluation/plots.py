@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from recemb.evaluation.checks import Floats, Integers
 from recemb.evaluation.evaluator import Evaluation, SliceRow
@@ -93,7 +93,7 @@ def slice_plot(evaluation: Evaluation, column: str, path: Path, *, title: str) -
     shown = [(item, item.auc) for item in part.slices if item.auc is not None][:_MOST_SLICES]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.8, max(2.6, 1.6 + 0.24 * len(shown))), dpi=150)
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1), gridspec_kw={"wspace": 0.06})
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1), gridspec_kw={"wspace": 0.09})
         places = np.arange(len(shown))[::-1]
         left.axvline(evaluation.auc, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
         left.errorbar(
@@ -107,16 +107,17 @@ def slice_plot(evaluation: Evaluation, column: str, path: Path, *, title: str) -
             markersize=5.5,
         )
         left.set_yticks(places, [_shortened(item) for item, _ in shown])
+        left.xaxis.set_major_locator(MaxNLocator(nbins=5))
         left.set(xlabel="AUC", ylabel=column, ylim=(-0.8, len(shown) - 0.2))
         left.grid(axis="y", visible=False)
         right.barh(places, [item.rows for item, _ in shown], color=_LIGHT, height=0.7)
-        right.set(xlabel="rows", xscale="log", xlim=(0.8, None))
+        right.set(xlabel="rows", xscale="log", xlim=(0.8, 3 * max([item.rows for item, _ in shown], default=1)))
         right.tick_params(axis="y", length=0)
         right.grid(axis="y", visible=False)
         _headline(
             figure,
             title,
-            f"{len(shown)} of {part.num_values:,} values of {column}, those with the most rows; "
+            f"{len(shown)} of {part.num_values:,} values, those with the most rows; "
             f"bars \N{PLUS-MINUS SIGN}1 standard error; dashed: all rows, {evaluation.auc:.4f}",
         )
         _save(figure, path)
