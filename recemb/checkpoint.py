@@ -1,0 +1,207 @@
+"""Checkpoints that are whole or not there: ``step-00000400/`` folders and two links, ``last`` and ``best``.
+
+A checkpoint is a torch.distributed.checkpoint folder (tensors, resharded on load) with ``state.json`` (all that is not
+a tensor). It is written aside, forced to disk and renamed; then ``last`` is moved to it, then ``best``; then folders
+that no link names are removed. At whatever point a process is killed, ``last`` names a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from recemb.files import sync_folder, write_json
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "state.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie, ``RUN/checkpoints``; made on first use.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def last(self) -> Path | None:
+        """Folder of the latest checkpoint, None before the first."""
+        return self._linked("last")
+
+    @property
+    def best(self) -> Path | None:
+        """Folder of the checkpoint with the best validation, None before the first."""
+        return self._linked("best")
+
+    def save(self, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], *, best_step: int | None) -> Path:
+        """Write a checkpoint, make it ``last``, and make that of ``best_step`` ``best``.
+
+        Args:
+            step: steps done.
+            tensors: nested state dicts; anything torch.distributed.checkpoint takes.
+            state: whatever else a run needs, fit for JSON.
+            best_step: step of the best validation so far, this one or one whose checkpoint was kept; None: not known.
+
+        Raises:
+            OSError: the disk is full, or another error of the file system; earlier checkpoints are untouched.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_partial()
+        final = self._free_name(step)
+        partial = self.folder / f".{final.name}.partial-{os.getpid()}"
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tensors))
+        self._check_space(final, needed)
+        try:
+            partial.mkdir()
+            save(dict(tensors), checkpoint_id=str(partial), no_dist=not dist.is_initialized())
+            write_json(partial / STATE_FILE, {"step": step, **state})
+            sync_folder(partial)
+            partial.rename(final)
+            sync_folder(self.folder)
+        except (OSError, CheckpointException) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._check_space(final, needed)
+            if isinstance(error, OSError):
+                raise
+            raise OSError(errno.EIO, f"checkpoint not written: {error}", str(final)) from error
+        self._link("last", final)
+        self.repair_best(best_step)
+        self._remove_unlinked()
+        return final
+
+    def repair_best(self, best_step: int | None) -> None:
+        """Point ``best`` to the checkpoint of ``best_step``: a run killed between the two links left it behind."""
+        if best_step is None or (self.best is not None and _step_of(self.best) == best_step):
+            return
+        last = self.last
+        if last is None or _step_of(last) != best_step:
+            raise FileNotFoundError(f"{self.folder}: no checkpoint of step {best_step}, the best of this run")
+        self._link("best", last)
+
+    def _linked(self, name: str) -> Path | None:
+        link = self.folder / name
+        return self.folder / os.readlink(link) if link.is_symlink() else None
+
+    def _link(self, name: str, target: Path) -> None:
+        # A link cannot be overwritten in place; replacing it by rename is atomic.
+        temporary = self.folder / f".{name}.partial-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target.name)
+        temporary.replace(self.folder / name)
+        sync_folder(self.folder)
+
+    def _free_name(self, step: int) -> Path:
+        # A run killed after the rename and before the link left a folder of this name: its content is not trusted.
+        name = self.folder / f"step-{step:08d}"
+        if name.exists() and name not in (self.last, self.best):
+            shutil.rmtree(name)
+        retry = 1
+        while name.exists():
+            name = self.folder / f"step-{step:08d}-{retry}"
+            retry += 1
+        return name
+
+    def _remove_unlinked(self) -> None:
+        kept = (self.last, self.best)
+        for path in self.folder.glob("step-*"):
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def _remove_partial(self) -> None:
+        for path in self.folder.glob(".*.partial-*"):
+            logger.info("removing %s: a checkpoint that was not finished", path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _check_space(self, path: Path, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"disk full: the checkpoint needs {needed:,} bytes, {free:,} are free; earlier checkpoints are whole",
+                str(path),
+            )
+
+
+def load_model_tensors(path: Path, model: nn.Module) -> None:
+    """Fill ``model`` from the checkpoint at ``path``.
+
+    Raises:
+        FileNotFoundError: not a checkpoint.
+        ValueError: the checkpoint lacks a tensor of the model, or has it in another shape; names it.
+    """
+    if not (path / STATE_FILE).is_file():
+        raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
+    tensors = {"model": model.state_dict()}
+    try:
+        load(tensors, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        cause = next((str(failure[0]) for failure in error.failures.values()), str(error))
+        raise ValueError(f"{path}: does not fit this model: {cause}") from error
+    model.load_state_dict(tensors["model"])
+
+
+def load_part(path: Path, name: str) -> Any:
+    """Everything saved under ``name``, in host memory, without a template to fill.
+
+    A dense optimizer that has not stepped has no state tensors to fill, which a template would silently leave out.
+
+    Raises:
+        FileNotFoundError: not a checkpoint.
+        ValueError: the checkpoint holds nothing under ``name``.
+    """
+    if not (path / STATE_FILE).is_file():
+        raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
+    with warnings.catch_warnings():
+        # Tells that it assumes a single process, which is what we mean.
+        warnings.simplefilter("ignore", UserWarning)
+        parts = _load_state_dict_from_keys(name, checkpoint_id=str(path))
+    if name not in parts:
+        raise ValueError(f"{path}: holds no {name!r}")
+    return parts[name]
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of the checkpoint at ``path``.
+
+    Raises:
+        FileNotFoundError: not a checkpoint.
+    """
+    if not (path / STATE_FILE).is_file():
+        raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
+    content: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
+    return content
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.split("-")[1])
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,235 @@
+"""The step loop: batches in, a trained model and its best checkpoint out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from recemb.checkpoint import Checkpoints, load_model_tensors, load_part, load_state
+from recemb.data.batch import Batch
+from recemb.training.metrics_log import MetricsLog
+from recemb.training.progress import Progress
+from recemb.training.randomness import random_state, restore_random_state
+from recemb.training.schedule import LearningRateSchedule
+from recemb.training.stopping import EarlyStopping
+
+logger = logging.getLogger(__name__)
+
+
+class Loader(Protocol):
+    """What the loop needs of a loader: an epoch from the current position, and that position."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Optimizer(Protocol):
+    """What ``recemb.prepare`` returns: tables (updated inside backward) and dense layers as one."""
+
+    def zero_grad(self) -> None: ...
+    def step(self) -> None: ...
+    def set_learning_rate_factor(self, factor: float) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to step.
+
+    Args:
+        total_steps: steps of the whole training.
+        batch_size: rows of a full batch, to name the rows of a bad one.
+        precision: ``"fp32"``, or ``"bf16"``: autocast of the dense layers; tables, loss and optimizer stay fp32.
+        log_every_steps: a line in metrics.jsonl and TensorBoard, and a look at the loss on CUDA.
+        validate_every_steps: besides the end of every epoch; None: only there.
+        checkpoint_every_steps: besides those of validations; None: only those.
+    """
+
+    total_steps: int
+    batch_size: int
+    precision: str = "fp32"
+    log_every_steps: int = 20
+    validate_every_steps: int | None = None
+    checkpoint_every_steps: int | None = None
+
+
+class TrainingLoop:
+    """Trains ``model`` with ``optimizer`` on ``loader`` until the steps are done or validation stops improving.
+
+    Args:
+        model: called as ``model(dense, sparse) -> (B,) logits``.
+        optimizer: what ``recemb.prepare`` returned.
+        loader: train batches.
+        settings: see ``LoopSettings``.
+        schedule: factor of the learning rates.
+        stopping: reads every validation.
+        validate: metrics of the validation split with the model as it is.
+        checkpoints: where checkpoints go.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loader: Loader,
+        *,
+        settings: LoopSettings,
+        schedule: LearningRateSchedule,
+        stopping: EarlyStopping,
+        validate: Callable[[], Mapping[str, float]],
+        checkpoints: Checkpoints,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.loader = loader
+        self.settings = settings
+        self.schedule = schedule
+        self.stopping = stopping
+        self.validate = validate
+        self.checkpoints = checkpoints
+        self.device = device
+        self.step = 0
+        self.samples = 0
+        # Of steps only, waiting for batches included: validation and checkpoints are no training.
+        self.seconds = 0.0
+        self._steps_per_epoch = len(loader)
+        self._factor: float | None = None
+        self._window: list[Tensor] = []
+        self._window_samples = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.settings.total_steps or self.stopping.should_stop
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, exactly: model, optimizer state, loader position, generators, stopping."""
+        last = self.checkpoints.last
+        if last is None:
+            raise FileNotFoundError(f"{self.checkpoints.folder}: no checkpoint to resume from")
+        load_model_tensors(last, self.model)
+        self.optimizer.load_state_dict(load_part(last, "optimizer"))
+        state = load_state(last)
+        self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+        self.stopping.load_state_dict(state["stopping"])
+        self.loader.load_state_dict(state["loader"])
+        restore_random_state(state["random"])
+        self.checkpoints.repair_best(self.stopping.best_step)
+        logger.info("resumed from %s: %d of %d steps done", last, self.step, self.settings.total_steps)
+
+    def run(self, log: MetricsLog, progress: Progress) -> None:
+        """Train to the end.
+
+        Raises:
+            ValueError: the loss is not finite; names step, epoch, rows and the likely cause.
+            OSError: a checkpoint or log could not be written; the last checkpoint is whole.
+        """
+        self.model.train()
+        self._clock = time.perf_counter()
+        while not self.finished:
+            for batch in self.loader:
+                self._train_step(batch.to(self.device))
+                self._after_step(log, progress)
+                if self.finished:
+                    break
+
+    def _train_step(self, batch: Batch) -> None:
+        if (factor := self.schedule.factor(self.step)) != self._factor:
+            self.optimizer.set_learning_rate_factor(factor)
+            self._factor = factor
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            logits = self.model(batch.dense, batch.sparse)
+        loss = binary_cross_entropy_with_logits(logits.float(), batch.labels)
+        # Before backward(), which would write NaN into the tables. On CUDA looking stalls the device: there the
+        # window is looked at when it is logged.
+        if self.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise ValueError(self._diagnose(self.step, loss.item(), batch))
+        loss.backward()
+        self.optimizer.step()
+        self._window.append(loss.detach())
+        self._window_samples += len(batch.labels)
+        self.step += 1
+
+    def _after_step(self, log: MetricsLog, progress: Progress) -> None:
+        settings = self.settings
+        validates = self.step == settings.total_steps or any(
+            every is not None and self.step % every == 0
+            for every in (settings.validate_every_steps, self._steps_per_epoch)
+        )
+        saves = validates or (
+            settings.checkpoint_every_steps is not None and self.step % settings.checkpoint_every_steps == 0
+        )
+        # Before a checkpoint too: a resumed run starts with an empty window, as this one then does.
+        if saves or self.step % settings.log_every_steps == 0:
+            self._log(log, progress)
+        if validates:
+            metrics = self.validate()
+            self.model.train()
+            best = self.stopping.update(self.step, metrics)
+            log.write(self.step, "validation", metrics)
+            shown = ", ".join(f"{name} {value:.5f}" for name, value in metrics.items())
+            logger.info("step %d: validation %s%s", self.step, shown, " (best)" if best else "")
+        if saves:
+            self._save()
+        if saves or validates:
+            self._clock = time.perf_counter()
+
+    def _log(self, log: MetricsLog, progress: Progress) -> None:
+        losses = torch.stack(self._window).tolist()
+        for index, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise ValueError(self._diagnose(self.step - len(losses) + index, loss, None))
+        now = time.perf_counter()
+        elapsed, self._clock = now - self._clock, now
+        self.seconds += elapsed
+        self.samples += self._window_samples
+        loss = math.fsum(losses) / len(losses)
+        values = {
+            "loss": loss,
+            "learning_rate_factor": self._factor or 0.0,
+            "samples_per_second": self._window_samples / elapsed,
+            "epoch": self.step / self._steps_per_epoch,
+        }
+        log.write(self.step, "train", values)
+        progress.update(step=self.step, num_samples=self._window_samples, loss=loss)
+        self._window.clear()
+        self._window_samples = 0
+
+    def _save(self) -> None:
+        state = {
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "stopping": self.stopping.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random": random_state(),
+        }
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        self.checkpoints.save(self.step, tensors, state, best_step=self.stopping.best_step)
+
+    def _diagnose(self, step: int, loss: float, batch: Batch | None) -> str:
+        epoch, index = divmod(step, self._steps_per_epoch)
+        first = index * self.settings.batch_size
+        rows = len(batch.labels) if batch is not None else self.settings.batch_size
+        text = (
+            f"loss is {loss} in step {step}, epoch {epoch}, rows {first} to {first + rows - 1} of the epoch's order: "
+        )
+        if batch is not None and not torch.isfinite(batch.dense).all():
+            row, column = (~torch.isfinite(batch.dense)).nonzero()[0].tolist()
+            return f"{text}numeric column {column} of row {first + row} is {batch.dense[row, column].item()}"
+        return (
+            f"{text}the model diverged. Lower optimizer.embedding.learning_rate and optimizer.dense.lr, or "
+            "raise trainer.schedule.warmup_steps; the last checkpoint is from before"
+        )
