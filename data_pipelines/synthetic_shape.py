@@ -130,13 +130,11 @@ def cardinalities(total_ids: int) -> dict[str, int]:
         raise ValueError(f"total_ids must be in [{SMALLEST_TOTAL_IDS}, {LARGEST_TOTAL_IDS}] ids, got {total_ids}")
     floor = min(LARGEST_FLOOR, total_ids // 50)
 
+    def size(criteo: int, scale: float) -> int:
+        return criteo if criteo <= floor else max(floor, round(criteo * scale))
+
     def scaled(scale: float) -> dict[str, int]:
-        return {
-            shape.name: shape.cardinality
-            if shape.cardinality <= floor
-            else max(floor, round(shape.cardinality * scale))
-            for shape in CATEGORICAL
-        }
+        return {shape.name: size(shape.cardinality, scale) for shape in CATEGORICAL}
 
     low, high = 0.0, 1000.0
     for _ in range(100):

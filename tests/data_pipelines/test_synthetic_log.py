@@ -35,7 +35,8 @@ def test_parquet_has_the_columns_of_the_criteo_log_and_the_truth(log: Path) -> N
 def test_cells_are_the_values_of_the_click_model(log: Path) -> None:
     table = pq.read_table(log)
     rows = ClickModel(seed=1, total_ids=ROWS).rows(0, ROWS, total_rows=ROWS, days=7)
-    for name, values in (*rows.categorical.items(), *rows.numeric.items()):
+    columns: dict[str, np.ndarray] = {**rows.categorical, **rows.numeric}
+    for name, values in columns.items():
         null = rows.null.get(name, np.zeros(ROWS, bool))
         cells = [f"{value:08x}" if name.startswith("C") else value for value in values.tolist()]
         expected = [None if missing else cell for cell, missing in zip(cells, null, strict=True)]
