@@ -35,12 +35,17 @@ class Bags:
     weights: Tensor | None = None
 
     @staticmethod
-    def of(features: KeyedJaggedTensor) -> Bags:
-        """The bags of a KeyedJaggedTensor whose keys are already in the method's order."""
+    def of(features: KeyedJaggedTensor, *, allow_single: bool = True) -> Bags:
+        """The bags of a KeyedJaggedTensor whose keys are already in the method's order.
+
+        Args:
+            features: ids.
+            allow_single: use the ``single`` layout where it applies; False keeps ids feature after feature.
+        """
         num_features, batch_size = len(features.keys()), features.stride()
         values, lengths = features.values(), features.lengths().view(num_features, batch_size)
         weights = features.weights_or_none()
-        single = weights is None and values.numel() == lengths.numel() and bool((lengths == 1).all())
+        single = allow_single and weights is None and values.numel() == lengths.numel() and bool((lengths == 1).all())
         if single:
             values = values.view(num_features, batch_size).t().contiguous()
         return Bags(values, lengths, single, weights)

@@ -5,12 +5,14 @@ Shapes: F features, B batch, N ids in all bags.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from recemb.id_checks import IdChecks
 from recemb.method import UNBOUNDED, CompressedTables, Method, method_class
@@ -25,7 +27,8 @@ class CompressedEmbeddingBagCollection(nn.Module):
 
     Args:
         tables: logical tables; outputs come in this order, feature after feature, as TorchRec's.
-        method: what realises the tables, a class of ``recemb.methods`` or a functools.partial of one.
+        method: what realises the tables, a class of ``recemb.methods`` or a functools.partial of one; or several by
+            table-name pattern (``{"t_user*": ..., "*": ...}``, first match wins), each taking its tables as a group.
         full_below_rows: tables of fewer rows stay full; compressing them saves nothing worth a collision.
         check_ids: raise on ids outside [0, num_embeddings), naming feature, row and value, at about 1% of a step.
             Switched off, a wrong id of a full table fails in the kernel, that of a hashed one reads some row.
@@ -47,7 +50,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
-        method: Method,
+        method: Method | Mapping[str, Method],
         *,
         full_below_rows: int = 0,
         check_ids: bool = True,
@@ -55,17 +58,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
         super().__init__()
         check_tables(tables)
         self._tables = list(tables)
-        small = [table for table in tables if table.num_embeddings < full_below_rows]
-        large = [table for table in tables if table.num_embeddings >= full_below_rows]
-        groups: list[CompressedTables] = [Full(small)] if small else []
-        cls = method_class(method)
-        widths = sorted({table.embedding_dim for table in large}) if cls.one_width else [0]
-        for width in widths if large else []:
-            group = [table for table in large if not width or table.embedding_dim == width]
-            if not cls.supports_unbounded and any(table.num_embeddings == UNBOUNDED for table in group):
-                names = [table.name for table in group if table.num_embeddings == UNBOUNDED]
-                raise ValueError(f"tables {names} have unbounded (hashed) ids, which {cls.__name__} cannot take")
-            groups.append(method(group))
+        groups = make_groups(tables, method, full_below_rows)
         self.groups = nn.ModuleList(groups)
         self._group_features = [group.feature_names for group in groups]
         self._feature_names = [name for table in tables for name in table.feature_names]
@@ -113,6 +106,115 @@ class CompressedEmbeddingBagCollection(nn.Module):
         for output, names in zip(outputs, self._group_features, strict=True):
             columns.update(zip(names, output.split([dims[name] for name in names], dim=1), strict=True))
         return torch.cat([columns[name] for name in self._feature_names], dim=1)
+
+
+class CompressedEmbeddingCollection(nn.Module):
+    """Called like TorchRec's EmbeddingCollection: one vector an id, unpooled, for sequences.
+
+    Features of one table (a target item and a user's history) read the same physical rows.
+
+    Args:
+        tables: logical tables, of any widths.
+        method: as for ``CompressedEmbeddingBagCollection``.
+        full_below_rows: tables of fewer rows stay full.
+        check_ids: raise on ids outside [0, num_embeddings).
+
+    Raises:
+        ValueError: as ``CompressedEmbeddingBagCollection``.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingConfig],
+        method: Method | Mapping[str, Method],
+        *,
+        full_below_rows: int = 0,
+        check_ids: bool = True,
+    ) -> None:
+        super().__init__()
+        self._tables = list(tables)
+        bags = [
+            EmbeddingBagConfig(
+                name=table.name,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                feature_names=table.feature_names,
+            )
+            for table in tables
+        ]
+        check_tables(bags)
+        groups = make_groups(bags, method, full_below_rows, unpooled=True)
+        self.groups = nn.ModuleList(groups)
+        self._group_features = [group.feature_names for group in groups]
+        self._feature_names = [name for table in tables for name in table.feature_names]
+        self._ids = IdChecks(bags) if check_ids else None
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        """The logical tables, as given."""
+        return self._tables
+
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """Feature -> JaggedTensor of values (ids of the feature, embedding_dim) with the lengths of ``features``.
+
+        Raises:
+            ValueError: as ``CompressedEmbeddingBagCollection.forward``.
+        """
+        features = select_keys(features, self._feature_names)
+        if self._ids is not None:
+            self._ids.check(features)
+        output: dict[str, JaggedTensor] = {}
+        for group, names in zip(self.groups, self._group_features, strict=True):
+            part = select_keys(features, names)
+            vectors = cast(CompressedTables, group).vectors(part)
+            for name, values in zip(names, vectors.split(part.length_per_key()), strict=True):
+                bags = part[name]
+                output[name] = JaggedTensor(values, lengths=bags.lengths(), offsets=bags.offsets())
+        return {name: output[name] for name in self._feature_names}
+
+
+def make_groups(
+    tables: Sequence[EmbeddingBagConfig],
+    method: Method | Mapping[str, Method],
+    full_below_rows: int,
+    *,
+    unpooled: bool = False,
+) -> list[CompressedTables]:
+    """One method instance for each set of tables it may take together.
+
+    Raises:
+        ValueError: a table that no pattern matches, or unbounded ids with a method that cannot hash them.
+    """
+    methods = method if isinstance(method, Mapping) else {"*": method}
+    small = [table for table in tables if table.num_embeddings < full_below_rows]
+    chosen: dict[str, list[EmbeddingBagConfig]] = {pattern: [] for pattern in methods}
+    for table in tables:
+        if table.num_embeddings >= full_below_rows:
+            pattern = next((pattern for pattern in methods if fnmatch.fnmatchcase(table.name, pattern)), None)
+            if pattern is None:
+                raise ValueError(f"table {table.name!r}: no pattern of {list(methods)} matches; add '*' for the others")
+            chosen[pattern].append(table)
+    groups = [Full(part) for part in _parts(small, Full, unpooled)]
+    made: list[CompressedTables] = [*groups]
+    for pattern, matched in chosen.items():
+        cls = method_class(methods[pattern])
+        for part in _parts(matched, cls, unpooled):
+            names = [table.name for table in part if table.num_embeddings == UNBOUNDED]
+            if names and not cls.supports_unbounded:
+                raise ValueError(f"tables {names} have unbounded (hashed) ids, which {cls.__name__} cannot take")
+            made.append(methods[pattern](part))
+    return made
+
+
+def _parts(
+    tables: list[EmbeddingBagConfig], cls: type[CompressedTables], unpooled: bool
+) -> list[list[EmbeddingBagConfig]]:
+    """The tables as groups: by width where the method or the output needs one, single where it looks them up apart."""
+    if unpooled and not cls.stacks_tables:
+        return [[table] for table in tables]
+    if not (cls.one_width or unpooled):
+        return [tables] if tables else []
+    widths = sorted({table.embedding_dim for table in tables})
+    return [[table for table in tables if table.embedding_dim == width] for width in widths]
 
 
 def compressed_groups(module: nn.Module) -> list[CompressedTables]:

@@ -47,12 +47,14 @@ class CompressedTables(nn.Module):
     Attributes:
         budget_knob: constructor argument that a byte budget turns (an integer), None where size is fixed.
         supports_unbounded: takes tables of ``UNBOUNDED`` ids.
+        stacks_tables: reads all tables of a group at once; where not, unpooled collections make a group per table.
         one_width: every table of a group must have the same embedding_dim; collections then make a group per width.
     """
 
     budget_knob: ClassVar[str | None] = None
     supports_unbounded: ClassVar[bool] = False
     one_width: ClassVar[bool] = True
+    stacks_tables: ClassVar[bool] = True
 
     def __init__(self, tables: Sequence[EmbeddingBagConfig], lookups: Sequence[Sequence[EmbeddingBagConfig]]) -> None:
         super().__init__()
@@ -83,11 +85,20 @@ class CompressedTables(nn.Module):
         bags = Bags.of(features)
         return bags.pool(self.embed(bags), self._is_mean)
 
+    def vectors(self, features: KeyedJaggedTensor) -> Tensor:
+        """The vector of every id, unpooled: (N, D) in the order of ``features.values()``."""
+        return self.embed(Bags.of(features, allow_single=False))
+
     def lookup_rows(self, index: int, slots: Sequence[Tensor]) -> list[Tensor]:
         """Rows of each table of ``lookups[index]`` at its (N,) slots, as bags of one id: 8x faster than no pooling."""
         num_rows = slots[0].numel()
-        bag_offsets = torch.arange(num_rows * len(slots) + 1, device=slots[0].device)
-        pooled = self.lookup_bags(index, slots, bag_offsets, num_rows)
+        if num_rows == 0:
+            # TorchRec has no batch of no bags: one empty bag, dropped again.
+            offsets = torch.zeros(len(slots) + 1, dtype=torch.int64, device=slots[0].device)
+            pooled = self.lookup_bags(index, slots, offsets, 1)[:0]
+        else:
+            offsets = torch.arange(num_rows * len(slots) + 1, device=slots[0].device)
+            pooled = self.lookup_bags(index, slots, offsets, num_rows)
         return list(pooled.split(self._dims(index), dim=1)) if len(slots) > 1 else [pooled]
 
     def lookup_bags(self, index: int, slots: Sequence[Tensor], offsets: Tensor, num_bags: int) -> Tensor:

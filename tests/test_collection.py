@@ -99,6 +99,24 @@ def test_tables_are_checked_at_construction(tables: list[EmbeddingBagConfig], me
         CompressedEmbeddingBagCollection(tables, Full)
 
 
+def test_tables_choose_their_method_by_name_pattern() -> None:
+    torch.manual_seed(0)
+    methods = {"t_item": Full, "t_s*": partial(Unified, num_embeddings=20), "*": partial(Unified, num_embeddings=30)}
+    collection = CompressedEmbeddingBagCollection(small_tables(), methods)
+    assert [[t.name for t in g.tables] for g in compressed_groups(collection)] == [
+        ["t_item"],
+        ["t_site"],
+        ["t_ad", "t_one"],
+    ]
+    features = bags(KEYS, MULTI_HOT)
+    output = collection(features)
+    assert output.keys() == KEYS
+    weight = compressed_groups(collection)[0].collection(0).embedding_bags["t_item"].weight
+    torch.testing.assert_close(output["history"][0], weight[torch.tensor([1, 1, 5999, 4])].mean(dim=0))
+    with pytest.raises(ValueError, match=r"'t_ad': no pattern of .* matches"):
+        CompressedEmbeddingBagCollection(small_tables(), {"t_item": Full})
+
+
 def test_checks_can_be_switched_off_where_ids_are_hashed() -> None:
     method = partial(Unified, num_embeddings=10)
     unchecked = CompressedEmbeddingBagCollection([table("a", 5)], method, check_ids=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.bags import Bags
 from recemb.method import CompressedTables
 
 
@@ -35,12 +36,30 @@ class Full(CompressedTables):
     """
 
     one_width: ClassVar[bool] = False
+    stacks_tables: ClassVar[bool] = False
 
     def __init__(self, tables: Sequence[EmbeddingBagConfig]) -> None:
         # One kernel call per pooling mode; almost always one in all.
         self._poolings = sorted({table.pooling for table in tables}, key=lambda pooling: pooling.value)
         lookups = [[table for table in tables if table.pooling == pooling] for pooling in self._poolings]
         super().__init__(tables, lookups)
+
+    def embed(self, bags: Bags) -> Tensor:
+        assert len(self.tables) == 1 and not bags.single
+        # All keys read the one table, so ids are dealt out to them in turn: the output then lies in the ids' order.
+        num_ids, num_keys = bags.ids.numel(), bags.num_features
+        per_key = max(1, -(-num_ids // num_keys))
+        missing = per_key * num_keys - num_ids
+        dealt = torch.nn.functional.pad(bags.ids, (0, missing)).view(per_key, num_keys).t()
+        lengths = torch.ones_like(dealt)
+        lengths[:, -1][num_keys - missing :] = 0
+        features = KeyedJaggedTensor(
+            keys=self.feature_names,
+            values=dealt[lengths.bool()],
+            lengths=lengths.reshape(-1),
+            stride=per_key,
+        )
+        return self.collection(0)(features).values().view(per_key * num_keys, -1)[:num_ids]
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         if len(self.lookups) == 1:

@@ -120,6 +120,22 @@ class Unified(CompressedTables):
             output[:, index::stride] = part.view(probes.batch_size, -1, self._width)
         return output.view(probes.batch_size, -1)
 
+    def embed(self, bags: Bags) -> Tensor:
+        # Unpooled tables of a group have one embedding_dim, so one number of lookups k: slots are (N, k).
+        assert not bags.single
+        feature_of_id = bags.per_id(torch.arange(bags.num_features, device=bags.ids.device))
+        salts_Fk = self.salts.view(bags.num_features, -1)
+        slots = hash_to_slots(bags.ids.unsqueeze(1), salts_Fk[feature_of_id], self.rows_per_sub_table)
+        probe_of_slot = feature_of_id.unsqueeze(1) * slots.shape[1] + torch.arange(slots.shape[1], device=slots.device)
+        sub_table = (probe_of_slot % len(self.lookups)).view(-1)
+        flat, rows = slots.view(-1), []
+        order = torch.argsort(sub_table, stable=True) if len(self.lookups) > 1 else None
+        counts = torch.bincount(sub_table, minlength=len(self.lookups)).tolist()
+        for index, part in enumerate((flat if order is None else flat[order]).split(counts)):
+            rows.append(self.lookup_rows(index, [part])[0])
+        vectors = rows[0] if order is None else torch.cat(rows)[torch.argsort(order)]
+        return vectors.view(bags.ids.numel(), salts_Fk.shape[1] * self._width)
+
     def _read(self, index: int, probes: Bags, slots: Tensor) -> Tensor:
         """Pooled rows of sub-table ``index``: (B, P * W)."""
         mean = None if self._is_mean_probe is None else self._is_mean_probe[index :: len(self.lookups)]

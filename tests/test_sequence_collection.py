@@ -1,0 +1,81 @@
+"""The unpooled collection: TorchRec's EmbeddingCollection with any method behind it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+
+from recemb.budget import fit_to_budget
+from recemb.collection import CompressedEmbeddingCollection, compressed_groups
+from recemb.memory import full_table_bytes
+from recemb.method import Method
+from recemb.methods.full import Full
+from recemb.methods.unified import Unified
+from recemb.optimizers import EmbeddingOptimizer
+from recemb.prepare import prepare
+from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, embedding_configs, load_embedding_config, small_tables
+
+TABLES = [
+    EmbeddingConfig(
+        name=t.name, num_embeddings=t.num_embeddings, embedding_dim=t.embedding_dim, feature_names=t.feature_names
+    )
+    for t in small_tables()
+]
+CASES = pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE, [[[]] * 2] * 5], ids=["multi-hot", "single", "all empty"])
+
+
+@pytest.fixture(params=embedding_configs())
+def method(request: pytest.FixtureRequest) -> Method:
+    config = load_embedding_config(request.param)
+    share = 1.0 if config["budget"] is None else 0.25
+    full = sum(full_table_bytes(small_tables()).values())
+    return fit_to_budget(small_tables(), instantiate(config["method"]), int(full * share))
+
+
+@CASES
+def test_full_equals_torchrecs_with_the_same_weights(ids: list[list[list[int]]]) -> None:
+    reference, ours = EmbeddingCollection(tables=TABLES), CompressedEmbeddingCollection(TABLES, Full)
+    for group in compressed_groups(ours):
+        for name, bag in group.collection(0).embedding_bags.items():
+            bag.weight.data.copy_(reference.embeddings[name].weight)
+    expected, output = reference(bags(KEYS, ids)), ours(bags(KEYS, ids))
+    assert list(output) == KEYS
+    for key in KEYS:
+        assert torch.equal(output[key].values(), expected[key].values())
+        assert torch.equal(output[key].lengths(), expected[key].lengths())
+
+
+@CASES
+def test_vectors_are_those_of_single_ids(method: Method, ids: list[list[list[int]]]) -> None:
+    collection = CompressedEmbeddingCollection(TABLES, method)
+    output = collection(bags(KEYS, ids))
+    for key, feature in zip(KEYS, ids, strict=True):
+        flat = [value for bag in feature for value in bag]
+        assert output[key].values().shape == (len(flat), 8)
+        for value, vector in zip(flat, output[key].values(), strict=True):
+            alone = collection(bags(KEYS, [[[value] if name == key else []] for name in KEYS]))[key].values()
+            torch.testing.assert_close(alone[0], vector)
+
+
+def test_target_and_history_share_rows_and_train_fused(method: Method) -> None:
+    collection = CompressedEmbeddingCollection(TABLES, method)
+    model, optimizer = prepare(collection, EmbeddingOptimizer("sgd", 0.1), partial(torch.optim.SGD, lr=0.1))
+    ids = [[[0]], [[4321]], [[17, 4321]], [[3]], [[0]]]
+    before = model(bags(KEYS, ids))
+    assert torch.equal(before["target"].values()[0], before["history"].values()[1])
+    before["history"].values().square().sum().backward()
+    optimizer.step()
+    after = model(bags(KEYS, ids))
+    assert torch.equal(after["target"].values()[0], after["history"].values()[1])
+    assert not torch.equal(after["target"].values(), before["target"].values())
+
+
+def test_unified_sub_tables_give_the_same_vector_to_history_and_target() -> None:
+    method = partial(Unified, num_embeddings=60, num_lookups=2, num_sub_tables=2)
+    output = CompressedEmbeddingCollection(TABLES, method)(bags(KEYS, SINGLE))
+    assert output["target"].values().shape == (3, 8)
