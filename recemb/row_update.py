@@ -21,9 +21,9 @@ from torch import Tensor
 class RowwiseAdagrad:
     """The update ``a[r] += mean(g[r]**2); w[r] -= lr * g[r] / (sqrt(a[r]) + eps)``, g[r] summed over the batch.
 
-    Occurrences of a row are brought together by sorting (row, position) packed into one integer: numpy's vectorised sort
-    of it takes a quarter of the time of a torch.sort with indices, and the sums come out the same on every run and for
-    any number of threads.
+    Occurrences of a row are brought together by sorting (row, position) packed into one integer: numpy's vectorised
+    sort of it takes a quarter of the time of a torch.sort with indices, and the sums come out the same on every run and
+    for any number of threads.
 
     Args:
         rows: (R, D) float32 view of the tables, updated in place.
@@ -59,7 +59,7 @@ class RowwiseAdagrad:
         self._rows.scatter_add_(0, rows.unsqueeze(1).expand_as(sums), sums)
 
     def _distinct(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(U,) distinct rows in ascending order, (N,) occurrences row after row, (U,) start of each row's among them."""
+        """(U,) distinct rows in ascending order, (N,) occurrences row after row, (U,) where each row's start."""
         position_bits = ids.numel().bit_length()
         assert self._row_bits + position_bits < 64, "row and position must fit one int64"
         key = (ids << position_bits) | torch.arange(ids.numel())

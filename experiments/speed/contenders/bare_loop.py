@@ -5,6 +5,8 @@ An upper reference: no library, no checks, no streaming, no checkpoints.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from protocol import (
     BOTTOM_LAYERS,
@@ -25,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 
 def mlp(sizes: list[int]) -> nn.Sequential:
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers)
 
 
