@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from recemb.id_checks import IdChecks
@@ -30,6 +30,8 @@ class CompressedEmbeddingBagCollection(nn.Module):
         method: what realises the tables, a class of ``recemb.methods`` or a functools.partial of one; or several by
             table-name pattern (``{"t_user*": ..., "*": ...}``, first match wins), each taking its tables as a group.
         full_below_rows: tables of fewer rows stay full; compressing them saves nothing worth a collision.
+        is_weighted: ids come with float32 weights (``KeyedJaggedTensor.weights()``) that scale their vectors before
+            the sum; every table must be sum-pooled.
         check_ids: raise on ids outside [0, num_embeddings), naming feature, row and value, at about 1% of a step.
             Switched off, a wrong id of a full table fails in the kernel, that of a hashed one reads some row.
 
@@ -53,12 +55,19 @@ class CompressedEmbeddingBagCollection(nn.Module):
         method: Method | Mapping[str, Method],
         *,
         full_below_rows: int = 0,
+        is_weighted: bool = False,
         check_ids: bool = True,
     ) -> None:
         super().__init__()
         check_tables(tables)
+        averaged = [table.name for table in tables if table.pooling == PoolingType.MEAN]
+        if is_weighted and averaged:
+            raise ValueError(f"tables {averaged}: per-id weights need sum pooling, got mean")
+        self._is_weighted = is_weighted
         self._tables = list(tables)
         groups = make_groups(tables, method, full_below_rows)
+        for group in groups if is_weighted else []:
+            group.expect_weights()
         self.groups = nn.ModuleList(groups)
         self._group_features = [group.feature_names for group in groups]
         self._feature_names = [name for table in tables for name in table.feature_names]
@@ -70,7 +79,8 @@ class CompressedEmbeddingBagCollection(nn.Module):
         return self._tables
 
     def is_weighted(self) -> bool:
-        return False
+        """Whether ids come with weights."""
+        return self._is_weighted
 
     @property
     def device(self) -> torch.device:
@@ -83,8 +93,12 @@ class CompressedEmbeddingBagCollection(nn.Module):
             features: int64 ids under at least the keys of the tables, in any order.
 
         Raises:
-            ValueError: a key is missing, ids are not int64 or int32, or outside [0, num_embeddings).
+            ValueError: a key is missing, ids are not int64 or int32, or outside [0, num_embeddings), weights are
+                missing, or came for tables that were built without.
         """
+        if (features.weights_or_none() is not None) != self._is_weighted:
+            came = "none" if self._is_weighted else "some"
+            raise ValueError(f"KeyedJaggedTensor: weights must come exactly where is_weighted, got {came}")
         features = select_keys(features, self._feature_names)
         if self._ids is not None:
             self._ids.check(features)

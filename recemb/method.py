@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -88,6 +88,20 @@ class CompressedTables(nn.Module):
     def vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """The vector of every id, unpooled: (N, D) in the order of ``features.values()``."""
         return self.embed(Bags.of(features, allow_single=False))
+
+    def expect_weights(self) -> None:
+        """Called once where ids come with weights. ``Bags.pool`` applies them; kernels that pool must be told."""
+
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Start from trained full tables, where the method can.
+
+        Args:
+            full_tables: table name -> (num_embeddings, embedding_dim) float32.
+
+        Returns:
+            Names of the tables that were taken over, wholly or approximately; none by default.
+        """
+        return []
 
     def lookup_rows(self, index: int, slots: Sequence[Tensor]) -> list[Tensor]:
         """Rows of each table of ``lookups[index]`` at its (N,) slots, as bags of one id: 8x faster than no pooling."""

@@ -6,7 +6,7 @@ arXiv:1906.00091.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -43,6 +43,19 @@ class Full(CompressedTables):
         self._poolings = sorted({table.pooling for table in tables}, key=lambda pooling: pooling.value)
         lookups = [[table for table in tables if table.pooling == pooling] for pooling in self._poolings]
         super().__init__(tables, lookups)
+
+    def expect_weights(self) -> None:
+        for index in range(len(self.lookups)):
+            self.collection(index)._is_weighted = True
+
+    @torch.no_grad()
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Every table, exactly."""
+        for index in range(len(self.lookups)):
+            for config in self.collection(index).embedding_bag_configs():
+                weight = self.get_parameter(f"lookups.{index}.embedding_bags.{config.name}.weight")
+                weight.copy_(full_tables[config.name])
+        return [table.name for table in self.tables]
 
     def embed(self, bags: Bags) -> Tensor:
         assert len(self.tables) == 1 and not bags.single

@@ -136,6 +136,31 @@ class Unified(CompressedTables):
         vectors = rows[0] if order is None else torch.cat(rows)[torch.argsort(order)]
         return vectors.view(bags.ids.numel(), salts_Fk.shape[1] * self._width)
 
+    @torch.no_grad()
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Every bounded table, approximately: a row starts at the mean of what the full tables hold for its ids."""
+        device = self.salts.device
+        sums = [torch.zeros(self.rows_per_sub_table, self._width, device=device) for _ in self.lookups]
+        counts = [torch.zeros(self.rows_per_sub_table, device=device) for _ in self.lookups]
+        seeded, probe = [], 0
+        for table in self.tables:
+            chunks = table.embedding_dim // self._width
+            for number in range(len(table.feature_names) * chunks):
+                # Features of one table share their salts: its first feature says it all.
+                if number < chunks and table.num_embeddings < UNBOUNDED:
+                    ids = torch.arange(table.num_embeddings, device=device)
+                    slots = hash_to_slots(ids, self.salts[probe], self.rows_per_sub_table)
+                    part = full_tables[table.name][:, number * self._width : (number + 1) * self._width]
+                    sums[probe % len(sums)].index_add_(0, slots, part.to(device, torch.float32))
+                    counts[probe % len(sums)].index_add_(0, slots, torch.ones(len(ids), device=device))
+                probe += 1
+            if table.num_embeddings < UNBOUNDED:
+                seeded.append(table.name)
+        for index, (total, count) in enumerate(zip(sums, counts, strict=True)):
+            weight = self.get_parameter(f"lookups.{index}.embedding_bags.unified__{index}.weight")
+            weight.copy_(torch.where(count.unsqueeze(1) > 0, total / count.clamp(min=1).unsqueeze(1), weight))
+        return seeded
+
     def _read(self, index: int, probes: Bags, slots: Tensor) -> Tensor:
         """Pooled rows of sub-table ``index``: (B, P * W)."""
         mean = None if self._is_mean_probe is None else self._is_mean_probe[index :: len(self.lookups)]
