@@ -1,0 +1,88 @@
+"""Command-line options that all pipelines share, and how their errors reach the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from data_pipelines.splitting import SplitKind, SplitRule
+from recemb.data.manifest import Manifest
+
+
+def base_parser(program: str, description: str, raw_help: str) -> argparse.ArgumentParser:
+    """A parser with RAW, --out, --overwrite and --workers."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("raw", nargs="+", type=Path, metavar="RAW", help=raw_help)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to make; must not exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace a data set that lies at DIR")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
+    return parser
+
+
+def add_split_options(parser: argparse.ArgumentParser, default: SplitKind) -> None:
+    """Add --split, --fractions and --seed."""
+    group = parser.add_argument_group("split into train, validation and test")
+    group.add_argument(
+        "--split",
+        choices=get_args(SplitKind),
+        default=default,
+        help="random: every row by chance; time: oldest rows train, newest test (by time column, else in the order "
+        "given); last-day: all days but the last train, its first half validates, its second tests "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--fractions",
+        type=parse_fractions,
+        default=(8.0, 1.0, 1.0),
+        metavar="A:B:C",
+        help="shares of train, validation and test, as weights (default: 8:1:1; for the last seventh in halves 12:1:1)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the random split (default: %(default)s)")
+
+
+def add_min_count_option(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add --min-count."""
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=default,
+        metavar="N",
+        help="train rows a value needs for an id of its own; rarer ones share id 0 (default: %(default)s)",
+    )
+
+
+def split_rule(arguments: argparse.Namespace) -> SplitRule:
+    """The split that the options ask for."""
+    return SplitRule(arguments.split, arguments.fractions, arguments.seed)
+
+
+def parse_fractions(text: str) -> tuple[float, float, float]:
+    """``"8:1:1"`` -> (8.0, 1.0, 1.0)."""
+    try:
+        train, validation, test = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"three numbers like 8:1:1 are required, got {text!r}") from None
+    return train, validation, test
+
+
+def run_command(parser: argparse.ArgumentParser, prepare: Callable[[], Manifest]) -> None:
+    """Run a preparation; errors of the user's making end it with one line and status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        prepare()
+    except (ValueError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; nothing was kept\n")
+
+
+def as_paths(raw_paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One path or several -> list of Path."""
+    if isinstance(raw_paths, str | Path):
+        raw_paths = [raw_paths]
+    return [Path(path) for path in raw_paths]

@@ -1,0 +1,261 @@
+"""First pass: batches of a raw log -> checked, typed chunks with provisional ids, kept on disk for the second pass.
+
+A chunk lies in its own uncompressed Arrow file, so the second pass (count, then write) neither parses nor hashes
+anything again. The chunks take about 4 bytes of disk for each cell (8 for hashed ids) until the preparation ends.
+
+Shapes: N rows of a chunk, L entries of all its lists.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_pipelines import transforms
+from data_pipelines.hashing import hash_values
+from data_pipelines.schema import CategoricalColumn, LogSchema, NumericColumn
+from data_pipelines.sources import Source
+from data_pipelines.splitting import RowKeys
+from data_pipelines.vocabulary import ValueIndex
+from recemb.data.manifest import TRUE_PROBABILITY
+
+# Columns of a chunk that do not come out.
+MOMENT = "__moment"
+DAY = "__day"
+
+# Days order rows before their number does; a log of 2**40 rows fits.
+_ROW_BITS = 40
+_UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
+
+
+@dataclass(frozen=True)
+class RawChunk:
+    """A batch and where it comes from.
+
+    Args:
+        source: its file; file_number: from 0.
+        batch: its rows.
+        row_in_file, first_row: number of its first row in the file and in the whole log.
+    """
+
+    source: Source
+    file_number: int
+    batch: pa.RecordBatch
+    row_in_file: int
+    first_row: int
+
+    def place(self, row: int) -> str:
+        """Where row ``row`` of the chunk is."""
+        return self.source.place(self.row_in_file + row)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """An encoded chunk on disk.
+
+    Args:
+        path: Arrow file.
+        file_number: raw file it comes from.
+        first_row, num_rows: in the whole log.
+        missing: null cells by numeric column.
+    """
+
+    path: Path
+    file_number: int
+    first_row: int
+    num_rows: int
+    missing: Counter[str] = field(default_factory=Counter)
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.RecordBatch:
+        """Its rows, memory-mapped."""
+        with pa.memory_map(str(self.path)) as file:
+            batch = pa.ipc.open_file(file).get_batch(0)
+        return batch if columns is None else batch.select(list(columns))
+
+    def keys(self, *, needs_keys: bool) -> RowKeys:
+        """What a split asks of its rows."""
+        if not needs_keys:
+            return RowKeys(self.first_row, self.num_rows, days=self.file_number)
+        batch = self.read()
+        moments = batch.column(MOMENT).to_numpy() if MOMENT in batch.schema.names else None
+        days = batch.column(DAY).to_numpy() if DAY in batch.schema.names else self.file_number
+        return RowKeys(self.first_row, self.num_rows, moments, days)
+
+
+class ChunkEncoder:
+    """Checks and encodes chunks of one log; safe to call from several threads.
+
+    Args:
+        schema: the log.
+        needs_keys: whether the split asks for moments and days.
+    """
+
+    def __init__(self, schema: LogSchema, *, needs_keys: bool) -> None:
+        self.schema = schema
+        self.needs_keys = needs_keys
+        tables = {feature.table for feature in schema.features if feature.encoding == "vocabulary"}
+        self.indices = {table: ValueIndex() for table in sorted(tables)}
+
+    def encode(self, chunk: RawChunk, path: Path) -> Chunk:
+        """Encode one chunk into a file.
+
+        Raises:
+            ValueError: a value breaks its column's rule; with file, row group or line, row and column.
+        """
+        columns: dict[str, pa.Array] = {self.schema.label: self._label(chunk)}
+        missing: Counter[str] = Counter()
+        for column in self.schema.numeric:
+            columns |= self._numeric(chunk, column)
+            missing[column.name] = chunk.batch.column(column.name).null_count
+        for feature in self.schema.categorical:
+            columns[feature.name] = self._categorical(chunk, feature)
+        for name in self.schema.carried:
+            columns[name] = self._carried(chunk, name)
+        if self.needs_keys:
+            columns |= self._keys(chunk)
+        batch = pa.RecordBatch.from_pydict(columns)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        return Chunk(path, chunk.file_number, chunk.first_row, len(batch), missing)
+
+    def _label(self, chunk: RawChunk) -> pa.Array:
+        column = chunk.batch.column(self.schema.label)
+        values = transforms.to_float64(column)
+        wrong = ~((values == 0) | (values == 1))
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"{chunk.place(row)}, column {self.schema.label!r}: labels must be 0 or 1, got {column[row].as_py()!r}"
+            )
+        return pa.array(values.astype(np.int8))
+
+    def _numeric(self, chunk: RawChunk, column: NumericColumn) -> dict[str, pa.Array]:
+        raw = chunk.batch.column(column.name)
+        values = transforms.to_float64(raw)
+        row = transforms.first_not_finite(values, raw.is_null().to_numpy(zero_copy_only=False))
+        if row is not None:
+            raise ValueError(
+                f"{chunk.place(row)}, column {column.name!r}: numbers must be finite (missing ones null), "
+                f"got {raw[row].as_py()!r}"
+            )
+        encoded: dict[str, pa.Array] = {}
+        if column.transform == "none":
+            encoded[column.name] = pa.array(np.nan_to_num(values, nan=0.0).astype(np.float32))
+        elif column.keeps_number:
+            encoded[column.name] = pa.array(transforms.log1p(values))
+        if (name := column.bucket_name) is not None:
+            encoded[name] = pa.array(self.indices[name].provisional_ids(transforms.bucket(values)))
+        return encoded
+
+    def _categorical(self, chunk: RawChunk, feature: CategoricalColumn) -> pa.Array:
+        column = chunk.batch.column(feature.name)
+        if feature.kind == "single":
+            return pa.array(self._ids(chunk, feature, column, None))
+        offsets, entries = transforms.keep_latest(column, feature.max_length)
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(self._ids(chunk, feature, entries, offsets)))
+
+    def _ids(
+        self, chunk: RawChunk, feature: CategoricalColumn, values: pa.Array, offsets: npt.NDArray[np.int32] | None
+    ) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+        """(N,) or (L,) raw values -> ids as int32 (provisional) or int64 (hashed, given)."""
+        if feature.encoding == "vocabulary":
+            try:
+                return self.indices[feature.table].provisional_ids(values)
+            except ValueError as error:
+                raise ValueError(f"{chunk.source.path}: column {feature.name!r}: {error}") from error
+        if feature.encoding == "hash":
+            encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+            # A missing value's index is -1, which picks the last entry.
+            hashes = hash_values(pa.concat_arrays([encoded.dictionary, pa.nulls(1, encoded.dictionary.type)]))
+            return hashes[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+        assert feature.num_embeddings is not None
+        in_range = pc.and_(pc.greater_equal(values, 0), pc.less(values, feature.num_embeddings)).fill_null(False)
+        if (wrong := in_range.index(False).as_py()) >= 0:
+            row = wrong if offsets is None else int(np.searchsorted(offsets, wrong, side="right")) - 1
+            raise ValueError(
+                f"{chunk.place(row)}, column {feature.name!r}: ids must be in [0, {feature.num_embeddings}) "
+                f"(num_embeddings), got {values[wrong].as_py()!r}"
+            )
+        return np.asarray(values.cast(pa.int64()).to_numpy(zero_copy_only=False))
+
+    def _carried(self, chunk: RawChunk, name: str) -> pa.Array:
+        column = chunk.batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if pa.types.is_string_view(column.type) or pa.types.is_large_string(column.type):
+            column = column.cast(pa.string())
+        if name in (self.schema.user, self.schema.time, self.schema.day) and column.null_count:
+            row = column.is_null().index(True).as_py()
+            raise ValueError(f"{chunk.place(row)}, column {name!r}: a value is required in every row, got null")
+        if name == self.schema.user and pa.types.is_integer(column.type):
+            return column.cast(pa.int64())
+        if name == TRUE_PROBABILITY:
+            return self._probability(chunk, column)
+        return column
+
+    def _probability(self, chunk: RawChunk, column: pa.Array) -> pa.Array:
+        values = transforms.to_float64(column)
+        wrong = ~((values >= 0) & (values <= 1))
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ValueError(
+                f"{chunk.place(row)}, column {TRUE_PROBABILITY!r}: must be in [0, 1], got {column[row].as_py()!r}"
+            )
+        return pa.array(values.astype(np.float32))
+
+    def _keys(self, chunk: RawChunk) -> dict[str, pa.Array]:
+        """int64 moments, and days where the log has them."""
+        schema, keys = self.schema, dict[str, npt.NDArray[np.int64]]()
+        if schema.time is not None:
+            moments, per_day = _moments(chunk.batch.column(schema.time), schema.time_unit)
+            keys = {MOMENT: moments, DAY: moments // per_day}
+        if schema.day is not None:
+            keys[DAY] = np.asarray(chunk.batch.column(schema.day).cast(pa.int64()).to_numpy(zero_copy_only=False))
+            if schema.time is None:
+                rows = np.arange(chunk.first_row, chunk.first_row + chunk.batch.num_rows)
+                keys[MOMENT] = (keys[DAY] << _ROW_BITS) + rows
+        return {name: pa.array(values) for name, values in keys.items()}
+
+
+def _moments(column: pa.Array, unit: str) -> tuple[npt.NDArray[np.int64], int]:
+    """(N,) int64 and how many of its units make a day."""
+    if not pa.types.is_integer(column.type):
+        column, unit = column.cast(pa.timestamp("us", getattr(column.type, "tz", None))), "us"
+    return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False)), _UNITS_PER_DAY[unit]
+
+
+def raw_chunks(sources: Sequence[Source]) -> Iterator[RawChunk]:
+    """All batches of all files in order."""
+    first_row = 0
+    for number, source in enumerate(sources):
+        row_in_file = 0
+        for batch in source.batches():
+            if batch.num_rows:
+                yield RawChunk(source, number, batch, row_in_file, first_row)
+            row_in_file += batch.num_rows
+            first_row += batch.num_rows
+
+
+def encode_chunks(
+    sources: Sequence[Source], encoder: ChunkEncoder, folder: Path, pool: ThreadPoolExecutor, workers: int
+) -> Iterator[Chunk]:
+    """Encode a whole log into ``folder``, at most ``2 * workers`` batches at once, and yield its chunks in order."""
+    pending: deque[Future[Chunk]] = deque()
+    try:
+        for number, chunk in enumerate(raw_chunks(sources)):
+            if len(pending) >= 2 * workers:
+                yield pending.popleft().result()
+            pending.append(pool.submit(encoder.encode, chunk, folder / f"{number:08}.arrow"))
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
