@@ -37,6 +37,28 @@ def test_dot_interaction_and_its_gradient_equal_a_plain_loop(batch: int, num_vec
     torch.testing.assert_close(got_gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 255, 256, 257, 600])
+def test_dot_interaction_of_batches_around_its_chunks_equals_the_whole_product(batch: int) -> None:
+    vectors = normal(batch, 4, 3, dtype=torch.float64).requires_grad_()
+    row, column = torch.tril_indices(4, 4, offset=-1)
+    weights = normal(batch, 6, seed=1, dtype=torch.float64)
+    got, expected = DotInteraction(4)(vectors), (vectors @ vectors.transpose(1, 2))[:, row, column]
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad((out * weights).sum(), vectors)[0] for out in (got, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_half_precision_dots_are_rounded_once() -> None:
+    vectors = normal(5, 6, 32).bfloat16().requires_grad_()
+    exact_vectors = vectors.detach().float().requires_grad_()
+    pairs, exact = DotInteraction(6)(vectors), DotInteraction(6)(exact_vectors)
+    assert torch.equal(pairs, exact.bfloat16())
+    weights = normal(5, 15, seed=1).bfloat16()
+    (gradient,) = torch.autograd.grad(pairs, vectors, weights)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_vectors, weights.float())
+    assert torch.equal(gradient, exact_gradient.bfloat16())
+
+
 def test_dot_interaction_passes_gradcheck() -> None:
     vectors = normal(3, 5, 4, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(DotInteraction(5), (vectors,))
