@@ -17,7 +17,7 @@ from recemb import command_line, versions
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("recemb", "data_pipelines")
 # Module -> the distribution that provides it, where the names differ.
-DISTRIBUTION_OF = {"hydra": "hydra-core", "fbgemm_gpu": "fbgemm-gpu-cpu"}
+DISTRIBUTION_OF = {"hydra": "hydra-core", "fbgemm_gpu": "fbgemm-gpu-cpu", "yaml": "pyyaml"}
 # Used without an import: pandas' and torch's way of reaching them.
 IMPORTED_BY_OTHERS = {"tensorboard": "torch.utils.tensorboard"}
 MAX_LINES = 400
