@@ -14,6 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ class Checkpoints:
         self._check_space(final, needed)
         try:
             partial.mkdir()
-            save(dict(tensors), checkpoint_id=str(partial), no_dist=not dist.is_initialized())
+            with _single_process_is_fine():
+                save(dict(tensors), checkpoint_id=str(partial), no_dist=not dist.is_initialized())
             write_json(partial / STATE_FILE, {"step": step, **state})
             sync_folder(partial)
             partial.rename(final)
@@ -153,7 +155,8 @@ def load_model_tensors(path: Path, model: nn.Module) -> None:
         raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
     tensors = {"model": model.state_dict()}
     try:
-        load(tensors, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+        with _single_process_is_fine():
+            load(tensors, checkpoint_id=str(path), no_dist=not dist.is_initialized())
     except CheckpointException as error:
         cause = next((str(failure[0]) for failure in error.failures.values()), str(error))
         raise ValueError(f"{path}: does not fit this model: {cause}") from error
@@ -171,9 +174,7 @@ def load_part(path: Path, name: str) -> Any:
     """
     if not (path / STATE_FILE).is_file():
         raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
-    with warnings.catch_warnings():
-        # Tells that it assumes a single process, which is what we mean.
-        warnings.simplefilter("ignore", UserWarning)
+    with _single_process_is_fine():
         parts = _load_state_dict_from_keys(name, checkpoint_id=str(path))
     if name not in parts:
         raise ValueError(f"{path}: holds no {name!r}")
@@ -190,6 +191,14 @@ def load_state(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
     content: dict[str, Any] = json.loads((path / STATE_FILE).read_text())
     return content
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """torch.distributed.checkpoint warns that it assumes a single process, which is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+        yield
 
 
 def _step_of(path: Path) -> int:

@@ -39,12 +39,18 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
     - ``experiment=x`` becomes ``+experiment=x``. Hydra accepts only one of the two spellings: the first with an
       ``experiment: null`` in the defaults list, the second without. We leave the entry out and accept both.
     - ``resume=DIR`` also makes DIR the output folder, so that a continued run writes where it began.
+
+    Raises:
+        FileNotFoundError: no run in the folder to resume.
     """
     result = []
     for argument in arguments:
         result.append(f"+{argument}" if argument.startswith("experiment=") else argument)
         if argument.startswith("resume=") and argument not in ("resume=", "resume=null"):
             folder = argument.removeprefix("resume=").strip("'\"")
+            # Before Hydra, which would make the folder of a mistyped name.
+            if not (Path(folder) / "config.yaml").is_file():
+                raise FileNotFoundError(f"resume={folder}: not the folder of a run (no config.yaml)")
             # Quoted for Hydra's grammar: a path may hold characters that mean something to it.
             quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
             result[-1] = f"resume='{quoted}'"

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -56,11 +56,13 @@ class EmbeddingConfig:
         embedding_dim: width of every vector, in float32 values.
         budget: see ``recemb.budget.parse_budget``; None: the method's size is as configured.
         method: target of the method, partial.
+        full_below_rows: tables of fewer rows stay full; their bytes count towards the budget.
     """
 
     embedding_dim: int
     budget: str | float | int | None
     method: Mapping[str, Any]
+    full_below_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.embedding_dim < 4 or self.embedding_dim % 4:
@@ -78,7 +80,7 @@ class EmbeddingConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Target of the tables' optimizer (``EmbeddingOptimizer``) and of the dense layers' (a torch optimizer, partial)."""
+    """Target of the tables' optimizer (``EmbeddingOptimizer``), and of the dense layers' (torch's, partial)."""
 
     embedding: Mapping[str, Any]
     dense: Mapping[str, Any]
@@ -158,13 +160,10 @@ class TrainConfig:
             ValueError: a key that nothing reads, a key missing, a value of another type or out of range; names the key.
         """
         parsed = parse(TrainConfig, config)
-        for where, target in (
-            ("model", parsed.model),
-            ("embedding.method", parsed.embedding.method),
-            ("optimizer.embedding", parsed.optimizer.embedding),
-            ("optimizer.dense", parsed.optimizer.dense),
-        ):
-            check_target(target, where)
+        check_target(parsed.model, "model", given=("embeddings", "num_dense"))
+        check_target(parsed.embedding.method, "embedding.method", given=("tables",))
+        check_target(parsed.optimizer.embedding, "optimizer.embedding", given=())
+        check_target(parsed.optimizer.dense, "optimizer.dense", given=("params",))
         return parsed
 
 
@@ -185,10 +184,11 @@ def parse(cls: type[T], mapping: Any, where: str = "") -> T:
     prefix = f"{where}." if where else ""
     if unknown := [key for key in mapping if key not in names]:
         raise ValueError(f"config: nothing reads {prefix}{unknown[0]}; the keys of {where or 'the top'} are {names}")
-    if missing := [name for name in names if name not in mapping]:
+    required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    if missing := [name for name in required if name not in mapping]:
         raise ValueError(f"config: {prefix}{missing[0]} is missing")
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _convert(hints[name], mapping[name], prefix + name) for name in names})
+    return cls(**{name: _convert(hints[name], mapping[name], prefix + name) for name in mapping})
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -213,11 +213,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def check_target(target: Mapping[str, Any], where: str) -> None:
+def check_target(target: Mapping[str, Any], where: str, *, given: Sequence[str]) -> None:
     """Check that every key of a ``_target_`` group is an argument of the class or function it names.
 
+    Args:
+        target: the group.
+        where: its key, for errors.
+        given: arguments that the program gives itself, so that a config's would be ignored.
+
     Raises:
-        ValueError: no ``_target_``, nothing importable there, or a key that it does not take (those it takes are named).
+        ValueError: no ``_target_``, nothing importable there, or a key that it does not take or that is not for a
+            config to give; those it takes are named.
     """
     path = target.get("_target_")
     if not isinstance(path, str) or "." not in path:
@@ -229,12 +235,12 @@ def check_target(target: Mapping[str, Any], where: str) -> None:
         callee = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"config: {where}._target_: cannot import {path}: {error}") from error
-    arguments = list(inspect.signature(callee).parameters)
+    arguments = [name for name in inspect.signature(callee).parameters if name not in given]
     for key in target:
         if key not in ("_target_", "_partial_") and key not in arguments:
             raise ValueError(f"config: nothing reads {where}.{key}; {path} takes {arguments}")
 
 
-def build_target(target: Mapping[str, Any]) -> Callable[..., Any]:
+def build_target(target: Mapping[str, Any]) -> Any:
     """The object (or, with ``_partial_: true``, the partial) that a checked ``_target_`` group describes."""
     return instantiate(dict(target), _convert_="all")

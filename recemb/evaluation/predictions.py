@@ -101,7 +101,8 @@ def collect(
     try:
         if isinstance(model, torch.nn.Module):
             model.eval()
-        with torch.inference_mode():
+        # Not inference_mode: fbgemm's training kernels are registered under autograd only.
+        with torch.no_grad():
             for number, batch in enumerate(batches):
                 moved = batch.to(device)
                 rows.add(number, model(moved.dense, moved.sparse), batch)

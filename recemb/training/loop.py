@@ -77,6 +77,7 @@ class TrainingLoop:
         validate: metrics of the validation split with the model as it is.
         checkpoints: where checkpoints go.
         device: where batches go.
+        description: stored as ``run`` in the state of every checkpoint, fit for JSON.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class TrainingLoop:
         validate: Callable[[], Mapping[str, float]],
         checkpoints: Checkpoints,
         device: torch.device,
+        description: Mapping[str, Any],
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -101,6 +103,7 @@ class TrainingLoop:
         self.validate = validate
         self.checkpoints = checkpoints
         self.device = device
+        self.description = description
         self.step = 0
         self.samples = 0
         # Of steps only, waiting for batches included: validation and checkpoints are no training.
@@ -215,6 +218,7 @@ class TrainingLoop:
             "stopping": self.stopping.state_dict(),
             "loader": self.loader.state_dict(),
             "random": random_state(),
+            "run": self.description,
         }
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(self.step, tensors, state, best_step=self.stopping.best_step)

@@ -1,0 +1,147 @@
+"""From a data set and a config to a model: logical tables, byte budget, collection, head."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from recemb.budget import fit_to_budget, parse_budget
+from recemb.collection import CompressedEmbeddingBagCollection
+from recemb.config import EmbeddingConfig, build_target
+from recemb.data.manifest import Manifest
+from recemb.memory import MemoryReport, estimate_memory, full_table_bytes, measure_memory
+from recemb.method import UNBOUNDED, Method, method_class
+from recemb.optimizers import EmbeddingOptimizer
+
+
+@dataclass(frozen=True)
+class TableInput:
+    """One id space: number of ids (None: 64-bit hashes) and the features that draw ids from it."""
+
+    name: str
+    num_embeddings: int | None
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model reads, kept with its checkpoints so that it can be built without the data set.
+
+    Args:
+        numeric: names of the numeric features, in the order of ``Batch.dense``.
+        tables: id spaces, in the order of their first features.
+    """
+
+    numeric: tuple[str, ...]
+    tables: tuple[TableInput, ...]
+
+    @staticmethod
+    def of(manifest: Manifest) -> ModelInputs:
+        """The inputs of a data set.
+
+        Raises:
+            ValueError: features of one table disagree about its number of ids.
+        """
+        tables: dict[str, TableInput] = {}
+        for feature in manifest.categorical:
+            known = tables.get(feature.table)
+            if known is not None and known.num_embeddings != feature.num_embeddings:
+                raise ValueError(
+                    f"{manifest.root}: table {feature.table!r} has {known.num_embeddings} ids for feature "
+                    f"{known.features[0]!r} and {feature.num_embeddings} for {feature.name!r}"
+                )
+            features = (*known.features, feature.name) if known else (feature.name,)
+            tables[feature.table] = TableInput(feature.table, feature.num_embeddings, features)
+        return ModelInputs(tuple(manifest.numeric_names), tuple(tables.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> ModelInputs:
+        tables = (
+            TableInput(item["name"], item["num_embeddings"], tuple(item["features"])) for item in content["tables"]
+        )
+        return ModelInputs(tuple(content["numeric"]), tuple(tables))
+
+    def logical_tables(self, embedding_dim: int) -> list[EmbeddingBagConfig]:
+        """One sum-pooled table ``t_<name>`` per id space."""
+        return [
+            EmbeddingBagConfig(
+                name=f"t_{table.name}",
+                num_embeddings=UNBOUNDED if table.num_embeddings is None else table.num_embeddings,
+                embedding_dim=embedding_dim,
+                feature_names=list(table.features),
+            )
+            for table in self.tables
+        ]
+
+
+def sized_method(config: EmbeddingConfig, tables: list[EmbeddingBagConfig]) -> Method:
+    """The configured method, at the size that its budget allows.
+
+    Raises:
+        ValueError: neither a budget nor a size, both, or a budget that cannot be met (the smallest size is named).
+    """
+    method: Method = build_target(config.method)
+    if config.budget is not None:
+        budget = parse_budget(config.budget, sum(full_table_bytes(tables).values()))
+        return fit_to_budget(tables, method, budget, full_below_rows=config.full_below_rows)
+    cls = method_class(method)
+    bound = method.keywords if isinstance(method, functools.partial) else {}
+    knob = cls.budget_knob
+    if (
+        knob is not None
+        and knob not in bound
+        and inspect.signature(cls).parameters[knob].default is inspect.Parameter.empty
+    ):
+        raise ValueError(f"embedding: give embedding.budget (such as 10x) or embedding.method.{knob}; got neither")
+    return method
+
+
+def build_model(
+    config: EmbeddingConfig, head: Mapping[str, Any], inputs: ModelInputs, optimizer: EmbeddingOptimizer
+) -> tuple[nn.Module, MemoryReport]:
+    """The model on the CPU with fresh weights, and the bytes of its tables.
+
+    Args:
+        config: the tables.
+        head: target of the model, partial; called with ``embeddings`` and ``num_dense``.
+        inputs: what it reads.
+        optimizer: of the tables, whose state is counted.
+
+    Raises:
+        ValueError: see ``sized_method`` and the classes built.
+        MemoryError: the tables and their optimizer state are larger than the memory there is.
+    """
+    tables = inputs.logical_tables(config.embedding_dim)
+    method = sized_method(config, tables)
+    estimate = estimate_memory(tables, method, full_below_rows=config.full_below_rows, optimizer=optimizer)
+    _check_fits(estimate)
+    # The loader has checked every id against the manifest already.
+    embeddings = CompressedEmbeddingBagCollection(
+        tables, method, full_below_rows=config.full_below_rows, check_ids=False
+    )
+    report = measure_memory(embeddings, optimizer)
+    assert report == estimate, f"estimated memory {estimate} differs from measured {report}"
+    return build_target(head)(embeddings=embeddings, num_dense=len(inputs.numeric)), report
+
+
+def _check_fits(report: MemoryReport) -> None:
+    import psutil
+
+    available = psutil.virtual_memory().available
+    # fbgemm's kernels take a copy of the initial weights.
+    needed = 2 * report.serving_bytes + report.optimizer_bytes
+    if needed > available:
+        raise MemoryError(
+            f"the tables need {needed:,} bytes while they are built (twice {report.serving_bytes:,}, and "
+            f"{report.optimizer_bytes:,} of optimizer state), {available:,} are available; lower embedding.budget"
+        )

@@ -1,0 +1,53 @@
+"""Which data set a run trains on: the one at ``data.path``, or the synthetic log that stands in for it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from recemb.config import DataConfig
+from recemb.data.manifest import FILE_NAME, Manifest
+
+logger = logging.getLogger(__name__)
+
+
+def open_data_set(config: DataConfig) -> Manifest:
+    """The manifest of the data set to train on, verified; a synthetic log is made or reused where the config allows it.
+
+    Raises:
+        FileNotFoundError: nothing at ``data.path`` and ``data.allow_synthetic`` is false, or a raw log instead of a
+            prepared one, or a listed file missing.
+        ValueError: files that do not match the manifest.
+    """
+    if config.path is not None and Path(config.path).exists():
+        path = Path(config.path)
+        if not (path / FILE_NAME).is_file() and (path.is_file() or any(path.iterdir())):
+            raise FileNotFoundError(
+                f"data.path={path} is no prepared data set (no {FILE_NAME}): a raw log is prepared with "
+                f"python -m data_pipelines.criteo (or avazu, parquet) {path} --out DIR, then data.path=DIR"
+            )
+        manifest = Manifest.load(path)
+    elif not config.allow_synthetic:
+        raise FileNotFoundError(
+            f"data.path={config.path}: no such folder, and data.allow_synthetic is false. Prepare a log with "
+            "python -m data_pipelines.criteo (or avazu, parquet) RAW... --out DIR, then data.path=DIR"
+        )
+    else:
+        manifest = _synthetic(config)
+    manifest.verify(checksums=config.verify_checksums)
+    return manifest
+
+
+def _synthetic(config: DataConfig) -> Manifest:
+    # Here, because preparing data needs engines that training on prepared data does not.
+    from data_pipelines.synthetic import prepare_synthetic
+
+    settings = config.synthetic
+    if config.path is not None:
+        logger.warning(
+            "NO LOG AT data.path=%s: TRAINING ON A SYNTHETIC LOG of %s rows (%s); its figures are no benchmark's",
+            config.path,
+            f"{settings.rows:,}",
+            settings.path,
+        )
+    return prepare_synthetic(Path(settings.path), rows=settings.rows, seed=settings.seed)
