@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import get_args
 
 from data_pipelines.splitting import SplitKind, SplitRule
-from recemb.data.manifest import Manifest
 
 
 def base_parser(program: str, description: str, raw_help: str) -> argparse.ArgumentParser:
@@ -70,7 +69,7 @@ def parse_fractions(text: str) -> tuple[float, float, float]:
     return train, validation, test
 
 
-def run_command(parser: argparse.ArgumentParser, prepare: Callable[[], Manifest]) -> None:
+def run_command(parser: argparse.ArgumentParser, prepare: Callable[[], object]) -> None:
     """Run a preparation; errors of the user's making end it with one line and status 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:

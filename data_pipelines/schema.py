@@ -1,6 +1,6 @@
 """What a raw click log's columns are and what becomes of each: the input of every preparation.
 
-The public pipelines (``criteo``, ``avazu``) build a LogSchema in code; ``parquet`` reads one from YAML (schema_file).
+The public pipelines (``criteo``, ``avazu``) build a LogSchema in code; ``parquet`` reads one from YAML.
 """
 
 from __future__ import annotations
