@@ -17,7 +17,7 @@ from recemb import command_line, versions
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("recemb", "data_pipelines")
 # Module -> the distribution that provides it, where the names differ.
-DISTRIBUTION_OF = {"hydra": "hydra-core", "fbgemm_gpu": "fbgemm-gpu-cpu", "yaml": "pyyaml"}
+DISTRIBUTION_OF = {"hydra": "hydra-core", "fbgemm_gpu": "fbgemm-gpu-cpu", "yaml": "pyyaml", "sklearn": "scikit-learn"}
 # Used without an import: pandas' and torch's way of reaching them.
 IMPORTED_BY_OTHERS = {"tensorboard": "torch.utils.tensorboard"}
 MAX_LINES = 400
@@ -71,6 +71,8 @@ def test_every_import_is_declared_and_every_dependency_is_used() -> None:
     used = {DISTRIBUTION_OF.get(module, module) for module in modules}
     assert used - available == set(), "imported, not declared in pyproject.toml"
     sources = "\n".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    tested = {DISTRIBUTION_OF.get(module, module) for module in imported_modules("tests")}
+    assert tested - available - set(pins(extras["test"])) == {"tests"}, "imported by tests, not in the extra test"
     indirect = {name for name, marker in IMPORTED_BY_OTHERS.items() if marker in sources}
     assert set(pins(declared["dependencies"])) - used - indirect == set(), "declared, not used"
 
