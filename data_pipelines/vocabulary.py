@@ -53,7 +53,7 @@ class ValueIndex:
         values = encoded.dictionary
         self._check_type(values.type)
         texts = pl.Series(values=values.cast(pa.large_string()), dtype=pl.String)
-        known = texts.cast(pl.Categorical(self._categories)).to_physical().to_numpy()
+        known = texts.cast(pl.Categorical(self._categories)).to_physical().fill_null(0).to_numpy()
         if len(known) and int(known.max()) >= _LARGEST_PROVISIONAL:
             raise ValueError(f"more than {_LARGEST_PROVISIONAL} distinct values; use encoding 'hash' for such a column")
         # A missing value's index is -1, which picks the last entry.
