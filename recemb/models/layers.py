@@ -61,17 +61,24 @@ _CHUNK = 256
 
 
 class _LowerTriangle(torch.autograd.Function):
-    """(B, N, D) vectors, (P,) flat indices of the triangle -> (B, P) dot products of all pairs i > j, for CPU.
+    """(B, N, D) vectors -> (B, P) dot products of all pairs i > j, for CPU.
 
     Autograd's own backward of the selection scatters element by element, or fills a (B, N, N) gradient for each row of
-    the triangle. Here the gradient's rows are copied into the lower triangle G of a zeroed (N, N) matrix a sample, and
-    the result is (G + G^T) V by two batched products. Half precision computes in float32 and rounds the result, which
-    is as fast on CPU.
+    the triangle. Here the gradient is gathered into the symmetric matrix G + G^T (G its lower triangle) of a sample,
+    and the result is one batched product with V. Half precision computes in float32 and rounds the result, which is as
+    fast on CPU.
     """
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, pairs: Tensor) -> Tensor:
-        ctx.save_for_backward(vectors)
+    def forward(ctx: Any, vectors: Tensor, pairs: Tensor, mirror: Tensor) -> Tensor:
+        """Products of ``vectors``.
+
+        Args:
+            vectors: (B, N, D).
+            pairs: (P,) where pair p lies in a flat (N, N) matrix.
+            mirror: (N * N,) the pair at each place of that matrix, on both sides; P on the diagonal.
+        """
+        ctx.save_for_backward(vectors, mirror)
         batch, num_vectors, _ = vectors.shape
         dtype = _compute_dtype(vectors)
         result = vectors.new_empty(batch, len(pairs))
@@ -87,21 +94,37 @@ class _LowerTriangle(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (vectors,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        vectors, mirror = ctx.saved_tensors
         batch, num_vectors, _ = vectors.shape
         dtype = _compute_dtype(vectors)
         result = torch.empty_like(vectors)
-        # Zeroed once: every chunk overwrites the same lower triangle.
-        workspace = vectors.new_zeros(min(batch, _CHUNK), num_vectors, num_vectors, dtype=dtype)
+        # One column more than pairs, which stays zero: the diagonal.
+        padded = vectors.new_zeros(min(batch, _CHUNK), gradient.shape[1] + 1, dtype=dtype)
+        workspace = vectors.new_empty(min(batch, _CHUNK), num_vectors**2, dtype=dtype)
         for start in range(0, batch, _CHUNK):
             chunk = vectors[start : start + _CHUNK].to(dtype)
-            lower = workspace[: len(chunk)]
-            rows = [lower[:, i, :i] for i in range(1, num_vectors)]
-            row_gradients = gradient[start : start + _CHUNK].to(dtype)
-            torch.split_with_sizes_copy(row_gradients, list(range(1, num_vectors)), dim=1, out=rows)
-            result[start : start + _CHUNK] = torch.bmm(lower, chunk).baddbmm_(lower.transpose(1, 2), chunk)
-        return result, None
+            rows = len(chunk)
+            padded[:rows, :-1] = gradient[start : start + _CHUNK]
+            symmetric = torch.index_select(padded[:rows], 1, mirror, out=workspace[:rows])
+            result[start : start + _CHUNK] = torch.bmm(symmetric.view(rows, num_vectors, num_vectors), chunk)
+        return result, None, None
+
+
+class _GatheredPairs(torch.autograd.Function):
+    """The same for compilers and GPUs: whole batch at once, few kernels, and a backward that gathers too."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, pairs: Tensor, mirror: Tensor) -> Tensor:
+        ctx.save_for_backward(vectors, mirror)
+        return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, pairs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        vectors, mirror = ctx.saved_tensors
+        num_vectors = vectors.shape[1]
+        symmetric = nn.functional.pad(gradient, (0, 1)).index_select(1, mirror)
+        return torch.bmm(symmetric.view(-1, num_vectors, num_vectors), vectors), None, None
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -122,6 +145,7 @@ class DotInteraction(nn.Module):
     """
 
     pairs: Tensor
+    mirror: Tensor
 
     def __init__(self, num_vectors: int) -> None:
         super().__init__()
@@ -130,6 +154,9 @@ class DotInteraction(nn.Module):
         self.num_vectors = num_vectors
         row, column = torch.tril_indices(num_vectors, num_vectors, offset=-1)
         self.register_buffer("pairs", row * num_vectors + column, persistent=False)
+        mirror = torch.full((num_vectors, num_vectors), len(row))
+        mirror[row, column] = mirror[column, row] = torch.arange(len(row))
+        self.register_buffer("mirror", mirror.view(-1), persistent=False)
 
     @property
     def num_pairs(self) -> int:
@@ -139,11 +166,11 @@ class DotInteraction(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         """(B, N, D) -> (B, P) of the same dtype, also under autocast."""
         with torch.autocast(vectors.device.type, enabled=False):
-            if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
-                pairs: Tensor = _LowerTriangle.apply(vectors, self.pairs)
-                return pairs
-            # The CPU form is N small kernels each way: too many launches for a GPU, too many nodes for a compiler.
-            return torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
+            # The CPU form is dozens of small kernels: too many launches for a GPU, too many nodes for a compiler.
+            in_chunks = vectors.device.type == "cpu" and not torch.compiler.is_compiling()
+            function = _LowerTriangle if in_chunks else _GatheredPairs
+            pairs: Tensor = function.apply(vectors, self.pairs, self.mirror)
+            return pairs
 
 
 class LowRankCrossNet(nn.Module):
