@@ -215,9 +215,7 @@ def evaluate_predictions(
         slice_columns: columns by whose values metrics are split; a missing value is a value.
         max_slices: values listed of each slice column, those with the most rows.
         num_bins: bins of both reliability tables.
-        replicates: bootstrap replicates; 0 for no intervals.
-        confidence: of the intervals.
-        seed: of the bootstrap.
+        replicates, confidence, seed: of the bootstrap; 0 replicates for no intervals.
         baseline_auc: gives RelaImpr over it.
 
     Raises:
@@ -227,10 +225,8 @@ def evaluate_predictions(
     # First, because nothing below is defined for labels of one class and this says so soonest.
     entropy = metrics.base_entropy(labels)
     probabilities, losses = predictions.probabilities(), predictions.losses()
-    logloss = metrics.mean(losses)
-    groups = None if user_column is None else _named(user_column, predictions, labels, scores)
-    area = metrics.auc(labels, scores)
-    truth = predictions.columns.get(TRUE_PROBABILITY)
+    logloss, area = metrics.mean(losses), metrics.auc(labels, scores)
+    groups = None if user_column is None else _group_by_user(user_column, predictions)
     return Evaluation(
         rows=len(labels),
         positives=int(np.count_nonzero(labels)),
@@ -243,7 +239,9 @@ def evaluate_predictions(
         equal_mass=reliability_table(labels, probabilities, num_bins=num_bins, binning="mass"),
         users=None if groups is None else _user_metrics(groups),
         slices={name: _slice_metrics(predictions, name, probabilities, losses, max_slices) for name in slice_columns},
-        bootstrap=bootstrap(
+        bootstrap=None
+        if replicates == 0
+        else bootstrap(
             labels,
             probabilities,
             scores=scores,
@@ -252,18 +250,23 @@ def evaluate_predictions(
             replicates=replicates,
             confidence=confidence,
             seed=seed,
-        )
-        if replicates
-        else None,
-        optimum=None if truth is None else Optimum(metrics.auc(labels, truth), metrics.log_loss(labels, truth)),
+        ),
+        optimum=_optimum(predictions),
         relative_improvement=None if baseline_auc is None else metrics.relative_improvement(area, baseline_auc),
     )
 
 
-def _named(column: str, predictions: Predictions, labels: Array, scores: Array) -> GroupedAuc:
+def _optimum(predictions: Predictions) -> Optimum | None:
+    truth = predictions.columns.get(TRUE_PROBABILITY)
+    if truth is None:
+        return None
+    return Optimum(metrics.auc(predictions.labels, truth), metrics.log_loss(predictions.labels, truth))
+
+
+def _group_by_user(column: str, predictions: Predictions) -> GroupedAuc:
     users = predictions.column(column)
     try:
-        return grouped_auc(labels, scores, users)
+        return grouped_auc(predictions.labels, predictions.scores, users)
     except ValueError as error:
         raise ValueError(f"user column {column!r}: {error}") from error
 

@@ -28,6 +28,8 @@ from recemb.files import write_json
 logger = logging.getLogger(__name__)
 
 RESULT_NAME = "evaluation.json"
+# Its presence tells the folder of a run from a single checkpoint.
+CONFIG_FILE = "config.yaml"
 # Rows: large enough to keep a GPU busy, small enough that a batch's activations are some ten megabytes.
 DEFAULT_BATCH_SIZE = 16_384
 
@@ -195,6 +197,8 @@ def _from_model(settings: EvaluateConfig, load_model: ModelLoader) -> _Source:
     if root is None:
         raise ValueError(f"{path}: the run does not say which data set it was trained on; give data=DIR")
     manifest = Manifest.load(root)
+    manifest.verify()
+    _check_fits(model, manifest, path)
     user_column = settings.user_column or manifest.user
     extra = _extra_columns(manifest, split, user_column, settings.slices)
     loader = ParquetLoader(manifest, split, batch_size=settings.batch_size or DEFAULT_BATCH_SIZE, extra_columns=extra)
@@ -211,6 +215,31 @@ def _from_model(settings: EvaluateConfig, load_model: ModelLoader) -> _Source:
     return _Source(predictions, user_column, manifest.label, f"{Path(root).name}, {split} split", description)
 
 
+def _check_fits(model: Callable[..., torch.Tensor], manifest: Manifest, checkpoint: Path) -> None:
+    """Features and numbers of ids must be the model's: an id of another vocabulary looks up a stranger's row."""
+    from recemb.method import UNBOUNDED
+
+    embeddings = getattr(model, "embeddings", None)
+    if embeddings is None or not hasattr(embeddings, "embedding_bag_configs"):
+        raise ValueError(
+            f"{checkpoint}: a model with `embeddings.embedding_bag_configs()` is required, got {type(model)}"
+        )
+    expected = {
+        feature: table.num_embeddings for table in embeddings.embedding_bag_configs() for feature in table.feature_names
+    }
+    found = {
+        feature.name: UNBOUNDED if feature.num_embeddings is None else feature.num_embeddings
+        for feature in manifest.categorical
+    }
+    for feature in [*expected, *found]:
+        if expected.get(feature) != found.get(feature):
+            raise ValueError(
+                f"{manifest.root / FILE_NAME}: feature {feature!r} has {found.get(feature, 'no')} ids, the model of "
+                f"{checkpoint} was trained with {expected.get(feature, 'no')}; evaluate on a data set that was encoded "
+                "with the vocabulary of the training data"
+            )
+
+
 def _extra_columns(manifest: Manifest, split: str, user: str | None, slices: Sequence[str]) -> list[str]:
     """User, slices and, where the files have it, the probability that labels were drawn from."""
     wanted = [*([] if user is None else [user]), *slices]
@@ -225,14 +254,19 @@ def _device(name: str) -> torch.device:
 
 
 def _output_folder(settings: EvaluateConfig) -> Path:
-    """Inside a run folder, beside a single checkpoint or a file of predictions."""
+    """Inside the run folder; beside a checkpoint that lies elsewhere, or a file of predictions."""
     if settings.output is not None:
         return Path(settings.output)
     if settings.predictions is not None:
         path = Path(settings.predictions)
         return path.with_name(f"{path.stem}_evaluation")
-    path, name = Path(settings.checkpoint or ""), f"evaluation_{settings.split or 'test'}"
-    return path / name if (path / "config.yaml").is_file() else path.with_name(f"{path.name}_{name}")
+    path, split = Path(settings.checkpoint or ""), settings.split or "test"
+    if (path / CONFIG_FILE).is_file():
+        return path / f"evaluation_{split}"
+    # RUN/checkpoints/NAME: not among the checkpoints, which training tidies up.
+    run = path.absolute().parent.parent
+    beside = path.with_name(f"{path.name}_evaluation_{split}")
+    return run / f"evaluation_{path.name}_{split}" if (run / CONFIG_FILE).is_file() else beside
 
 
 def _check_writable(folder: Path) -> None:

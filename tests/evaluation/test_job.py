@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
+import hydra
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,9 +16,12 @@ import pytest
 import sklearn.metrics
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 from recemb.evaluate import spelled_out
 from recemb.evaluation import job
+from recemb.run_folder import load_model
+from recemb.training.run import train
 from tests.data.encoded import write_encoded
 
 ROOT = Path(__file__).parents[2]
@@ -30,16 +35,35 @@ def config(**changes):
     return {**values, **changes}
 
 
+class Tables(torch.nn.Module):
+    """The tables of ``write_encoded``'s data: what the model says it was trained with."""
+
+    def __init__(self, num_embeddings):
+        super().__init__()
+        self.num_embeddings = num_embeddings
+
+    def embedding_bag_configs(self):
+        return [
+            SimpleNamespace(num_embeddings=rows, feature_names=[name]) for name, rows in self.num_embeddings.items()
+        ]
+
+
 class DenseSum(torch.nn.Module):
+    """A model whose logit anybody can compute."""
+
+    def __init__(self, num_embeddings):
+        super().__init__()
+        self.embeddings = Tables(num_embeddings)
+
     def forward(self, dense, sparse):
         return dense.sum(dim=1) - 0.5
 
 
-def loader_of(root):
+def loader_of(root, num_embeddings=types.MappingProxyType({"C1": 20, "C2": 100, "C3": 1000})):
     """What ``run_folder.load_model`` does: a model, and the config of its run."""
 
     def load_model(path, device):
-        return DenseSum(), SimpleNamespace(data=SimpleNamespace(path=None if root is None else str(root)))
+        return DenseSum(num_embeddings), SimpleNamespace(data=SimpleNamespace(path=None if root is None else str(root)))
 
     return load_model
 
@@ -99,6 +123,20 @@ def test_a_model_is_evaluated_on_the_test_split_of_the_data_it_was_trained_on(tm
     assert second.evaluation.to_dict()["slices"] == outcome.evaluation.to_dict()["slices"]
 
 
+def test_the_model_that_training_saved_has_the_test_metrics_that_training_reported(tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    write_encoded(data, 2000, num_users=20)
+    overrides = ["data=parquet", f"data.path={data}", f"paths.run={run}", "embedding=full", "trainer.threads=1"]
+    overrides += ["model.bottom_layers=[8,16]", "model.over_layers=[8,1]", "trainer.batch_size=256"]
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose("train", overrides), resolve=True)
+    results = train(composed)
+    outcome = job.run(config(checkpoint=str(run), bootstrap=0), load_model)
+    assert outcome.evaluation.rows == 200
+    assert outcome.evaluation.auc == results["test"]["auc"]
+    assert outcome.evaluation.logloss == pytest.approx(results["test"]["logloss"], rel=1e-6)
+
+
 def test_another_split_and_a_single_checkpoint_have_folders_of_their_own(tmp_path):
     write_encoded(tmp_path / "data", 1000)
     (tmp_path / "step-10").mkdir()
@@ -115,6 +153,13 @@ def test_another_split_and_a_single_checkpoint_have_folders_of_their_own(tmp_pat
     assert "bootstrap" not in json.loads((outcome.folder / "evaluation.json").read_text())
 
 
+def test_a_checkpoint_of_a_run_is_evaluated_into_the_run_folder(tmp_path, run_folder):
+    write_encoded(tmp_path / "data", 1000)
+    settings = config(checkpoint=str(run_folder / "checkpoints" / "last"), bootstrap=0)
+    outcome = job.run(settings, loader_of(tmp_path / "data"))
+    assert outcome.folder == run_folder / "evaluation_last_test"
+
+
 def test_failures_write_nothing(tmp_path, run_folder):
     write_encoded(tmp_path / "data", 1000)
     with pytest.raises(ValueError, match="no split 'holdout'"):
@@ -125,6 +170,21 @@ def test_failures_write_nothing(tmp_path, run_folder):
         job.run(config(checkpoint=str(run_folder), user_column="nowhere"), loader_of(tmp_path / "data"))
     with pytest.raises(FileNotFoundError, match="needs a manifest"):
         job.run(config(checkpoint=str(run_folder), data={"path": "missing"}), loader_of(None))
+    assert [path.name for path in run_folder.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("num_embeddings", "message"),
+    [
+        ({"C1": 20, "C2": 99, "C3": 1000}, "feature 'C2' has 100 ids, the model of .* was trained with 99"),
+        ({"C1": 20, "C2": 100}, "feature 'C3' has 1000 ids, the model of .* was trained with no"),
+        ({"C1": 20, "C2": 100, "C3": 1000, "C4": 5}, "feature 'C4' has no ids, the model of .* was trained with 5"),
+    ],
+)
+def test_a_data_set_with_other_features_or_vocabularies_is_an_error(tmp_path, run_folder, num_embeddings, message):
+    write_encoded(tmp_path / "data", 500)
+    with pytest.raises(ValueError, match=message):
+        job.run(config(checkpoint=str(run_folder)), loader_of(tmp_path / "data", num_embeddings))
     assert [path.name for path in run_folder.iterdir()] == ["config.yaml"]
 
 
