@@ -108,24 +108,23 @@ def check_no_nulls(array: pa.Array, locate: Locate) -> None:
 def check_values(column: Column, values_N: np.ndarray, locate: Locate) -> None:
     """Check a label, numeric or single id column.
 
-    Two reductions over the column; the row is looked for only when they fail.
+    One or two reductions over the column; the row is looked for only when they fail.
 
     Raises:
         ValueError: with the first bad row, the value it must have and the one it has.
     """
     if not len(values_N):
         return
-    low, high = values_N.min(), values_N.max()
     if column.role == "numeric":
         # A NaN anywhere makes both of them NaN.
-        if not (np.isfinite(low) and np.isfinite(high)):
+        if not (np.isfinite(values_N.min()) and np.isfinite(values_N.max())):
             row = int(np.argmin(np.isfinite(values_N)))
             raise ValueError(f"{locate(row)}: numeric values must be finite, got {values_N[row]}; {ADVICE}")
     elif column.role == "label":
-        if low < 0 or high > 1:
+        if largest_unsigned(values_N) > 1:
             row = int(np.argmax((values_N < 0) | (values_N > 1)))
             raise ValueError(f"{locate(row)}: a label must be 0 or 1, got {values_N[row]}; {ADVICE}")
-    elif not ids_in_range(column, int(low), int(high)):
+    elif not ids_in_range(column, values_N):
         row = first_bad_id(column, values_N)
         raise ValueError(f"{locate(row)}: {id_rule(column)}, got {values_N[row]}; {ADVICE}")
 
@@ -136,7 +135,7 @@ def check_list_ids(column: Column, ids_L: np.ndarray, starts_N: np.ndarray, loca
     Raises:
         ValueError: with the first bad row, its entry, the range and the id.
     """
-    if not len(ids_L) or ids_in_range(column, int(ids_L.min()), int(ids_L.max())):
+    if not len(ids_L) or ids_in_range(column, ids_L):
         return
     entry = first_bad_id(column, ids_L)
     # Empty lists begin where the next one does: the last row that begins at or before the entry owns it.
@@ -146,8 +145,15 @@ def check_list_ids(column: Column, ids_L: np.ndarray, starts_N: np.ndarray, loca
     )
 
 
-def ids_in_range(column: Column, low: int, high: int) -> bool:
-    return low >= 0 and (column.num_embeddings is None or high < column.num_embeddings)
+def largest_unsigned(values: np.ndarray) -> int:
+    """The largest value of signed integers when negative ones are read as huge: bounds both ends in one reduction."""
+    return int(values.view(f"u{values.dtype.itemsize}").max())
+
+
+def ids_in_range(column: Column, ids: np.ndarray) -> bool:
+    """Whether all ids (one at least) keep the rule of the column."""
+    bound = np.iinfo(ids.dtype).max + 1
+    return largest_unsigned(ids) < min(bound, bound if column.num_embeddings is None else column.num_embeddings)
 
 
 def id_rule(column: Column) -> str:

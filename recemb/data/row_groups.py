@@ -84,10 +84,9 @@ def row_groups_of(file: pq.ParquetFile, number: int) -> list[RowGroup]:
 def check_row_count(manifest: Manifest, split: str, number: int, file: pq.ParquetFile) -> None:
     """Raise ValueError where a file has another number of rows than the manifest says."""
     expected = manifest.split(split).files[number]
-    if file.metadata.num_rows != expected.rows:
-        raise ValueError(
-            f"{manifest.root / expected.path}: {expected.rows} rows in {FILE_NAME}, {file.metadata.num_rows} in the file"
-        )
+    found = file.metadata.num_rows
+    if found != expected.rows:
+        raise ValueError(f"{manifest.root / expected.path}: {expected.rows} rows in {FILE_NAME}, {found} in the file")
 
 
 def share_of(rows: int, rank: int, world_size: int) -> tuple[int, int]:
