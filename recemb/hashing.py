@@ -9,6 +9,7 @@ Shapes: N ids, any shape broadcast against the salts.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,8 +56,7 @@ def reduce_to_slots_(bits: Tensor, num_slots: int) -> Tensor:
     The prefix is as long as the product allows (63 - log2(num_slots) bits), so no slot is likelier than another by more
     than num_slots / 2**(63 - log2(num_slots)).
     """
-    if not 1 <= num_slots <= MAX_SLOTS:
-        raise ValueError(f"num_slots must be in [1, {MAX_SLOTS}], got {num_slots}")
+    _check_slots(num_slots)
     prefix = 63 - num_slots.bit_length()
     bits.bitwise_right_shift_(64 - prefix).bitwise_and_((1 << prefix) - 1)
     return bits.mul_(num_slots).bitwise_right_shift_(prefix)
@@ -65,6 +65,32 @@ def reduce_to_slots_(bits: Tensor, num_slots: int) -> Tensor:
 def hash_to_slots(ids: Tensor, salts: Tensor, num_slots: int) -> Tensor:
     """int64 ``ids`` and ``salts`` (broadcast) -> int64 slots in [0, num_slots)."""
     return reduce_to_slots_(mix(ids, salts), num_slots)
+
+
+def hash_to_ranges(ids: Tensor, salts: Tensor, num_slots: Tensor, prefixes: Tensor) -> Tensor:
+    """``hash_to_slots`` with a number of slots of its own for every element.
+
+    Args:
+        ids, salts: int64, as for ``mix``.
+        num_slots: int64 in [1, 2**40], broadcast against ``ids``.
+        prefixes: ``slot_prefixes`` of ``num_slots``, computed once.
+    """
+    bits = mix(ids, salts)
+    # Halved first, so that the shifts that differ between elements need no masks that differ too.
+    bits.bitwise_right_shift_(1).bitwise_and_((1 << 63) - 1).bitwise_right_shift_(63 - prefixes)
+    return bits.mul_(num_slots).bitwise_right_shift_(prefixes)
+
+
+def slot_prefixes(num_slots: Sequence[int]) -> list[int]:
+    """Bits of a hash that are multiplied with each number of slots, as long as the product stays below 2**63."""
+    for slots in num_slots:
+        _check_slots(slots)
+    return [63 - slots.bit_length() for slots in num_slots]
+
+
+def _check_slots(num_slots: int) -> None:
+    if not 1 <= num_slots <= MAX_SLOTS:
+        raise ValueError(f"num_slots must be in [1, {MAX_SLOTS}], got {num_slots}")
 
 
 def _xor_shift_(bits: Tensor, shift: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recemb.hashing import MAX_SLOTS, hash_to_slots, mix, salt
+from recemb.hashing import MAX_SLOTS, hash_to_ranges, hash_to_slots, mix, salt, slot_prefixes
 
 MASK = (1 << 64) - 1
 
@@ -82,3 +82,17 @@ def test_two_salts_collide_as_independent_hashes_do() -> None:
 def test_number_of_slots_is_checked() -> None:
     with pytest.raises(ValueError, match=r"num_slots must be in \[1, "):
         hash_to_slots(torch.tensor([1]), torch.tensor(1), 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    value=st.integers(0, 2**63 - 1),
+    num_slots=st.lists(st.one_of(st.integers(1, 100), st.integers(1, MAX_SLOTS)), min_size=1, max_size=5),
+)
+def test_ranges_of_several_sizes_hash_as_each_would_alone(value: int, num_slots: list[int]) -> None:
+    salts = torch.arange(len(num_slots)) * 12_345
+    prefixes = torch.tensor(slot_prefixes(num_slots))
+    slots = hash_to_ranges(torch.tensor([[value]]), salts, torch.tensor(num_slots), prefixes)
+    assert slots.tolist() == [
+        [plain_slot(value, int(salt), count) for salt, count in zip(salts, num_slots, strict=True)]
+    ]

@@ -1,0 +1,176 @@
+"""Logical tables of one width as ranges of rows of one physical table, which is read as bags of one id.
+
+On CPU one tall table with one feature is read and trained up to twice as fast as many tables, or one with many
+features, so methods stack their tables and turn (feature, id) into a row by integer arithmetic on the whole batch.
+
+Shapes: N ids in all bags, F features, T logical tables.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from recemb.bags import Bags
+from recemb.hashing import hash_to_ranges, salt, slot_prefixes
+from recemb.method import UNBOUNDED, CompressedTables, full_table_variance, physical_table, uniform_bound
+
+HASH_FUNCTIONS = ("universal", "modulo")
+
+
+class HashedRows(nn.Module):
+    """Turns ids into rows of a stacked table: the first ids of a table to rows of their own, the others by hash.
+
+    Id ``i`` of table ``t`` goes to row ``start_t + i`` where ``i < own_t``, else ``start_t + own_t + h_t(i)`` with
+    ``h_t(i)`` in ``[0, hashed_t)``. A full table is one whose ids are all its own.
+
+    Args:
+        tables: the logical tables.
+        own: rows of each table that belong to one id; ids are in order of frequency, so these are the frequent ones.
+        hashed: rows of each table that ids share; 0 is allowed where every id has a row of its own.
+        hash_function: ``"universal"`` (salted 64-bit mixing: independent between tables and lookups) or ``"modulo"``
+            (remainder of the id: no two of ``hashed_t`` consecutive ids collide, which evens out frequent ids).
+        lookup: number of the lookup, where a method takes several independent hashes of an id.
+        seed: changes every universal hash at once.
+        shared: all tables share the first table's rows instead of having their own.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        own: Sequence[int],
+        hashed: Sequence[int],
+        *,
+        hash_function: str = "universal",
+        lookup: int = 0,
+        seed: int = 0,
+        shared: bool = False,
+    ) -> None:
+        super().__init__()
+        if hash_function not in HASH_FUNCTIONS:
+            raise ValueError(f"hash_function must be one of {HASH_FUNCTIONS}, got {hash_function!r}")
+        # Ids of a full table are hashed to a number of slots that is not used, and must be valid.
+        slots = [max(rows, 1) for rows in hashed]
+        starts = [0] * len(slots) if shared else first_rows([a + b for a, b in zip(own, hashed, strict=True)])
+        self._is_universal = hash_function == "universal"
+        self._has_own = any(own)
+        # What serving needs is saved, and counted in the model's bytes.
+        self.num_slots: Tensor
+        self.register_buffer("num_slots", per_feature(tables, slots))
+        self.starts: Tensor
+        self.register_buffer("starts", per_feature(tables, starts))
+        self.own: Tensor | None
+        self.register_buffer("own", per_feature(tables, own) if self._has_own else None)
+        self.salts: Tensor | None
+        salts = per_feature(tables, [salt(table.name, lookup, seed) for table in tables])
+        self.register_buffer("salts", salts if self._is_universal else None)
+        self._prefixes: Tensor
+        self.register_buffer("_prefixes", per_feature(tables, slot_prefixes(slots)), persistent=False)
+        first_hashed = [start + count for start, count in zip(starts, own, strict=True)]
+        self._first_hashed: Tensor
+        self.register_buffer("_first_hashed", per_feature(tables, first_hashed), persistent=False)
+
+    def forward(self, bags: Bags) -> Tensor:
+        """Rows of ``bags.ids``, int64, same shape."""
+        if bags.single:
+            return self._rows(bags.ids, None)
+        return self._rows(bags.ids, bags.per_id(torch.arange(bags.num_features, device=bags.ids.device)))
+
+    def rows_of_feature(self, feature: int, ids: Tensor) -> Tensor:
+        """Rows of (N,) ``ids`` of one feature."""
+        return self._rows(ids, torch.full_like(ids, feature))
+
+    def _rows(self, ids: Tensor, features: Tensor | None) -> Tensor:
+        num_slots = _at(self.num_slots, features)
+        if self.salts is not None:
+            rows = hash_to_ranges(ids, _at(self.salts, features), num_slots, _at(self._prefixes, features))
+        else:
+            rows = ids % num_slots
+        rows += _at(self._first_hashed, features)
+        if self.own is not None:
+            rows = torch.where(ids < _at(self.own, features), ids + _at(self.starts, features), rows)
+        return rows
+
+
+def _at(constants: Tensor, features: Tensor | None) -> Tensor:
+    return constants if features is None else constants.index_select(0, features)
+
+
+def per_feature(tables: Sequence[EmbeddingBagConfig], values: Sequence[int]) -> Tensor:
+    """One integer a table -> (F,) int64, one a feature."""
+    return torch.tensor(
+        [value for table, value in zip(tables, values, strict=True) for _ in table.feature_names], dtype=torch.int64
+    )
+
+
+def first_rows(rows: Sequence[int]) -> list[int]:
+    """Where each range of a stacked table begins."""
+    return [0, *itertools.accumulate(rows[:-1])]
+
+
+def proportional_rows(tables: Sequence[EmbeddingBagConfig], num_embeddings: int) -> list[int]:
+    """Shares ``num_embeddings`` rows out in proportion to the tables' own, at least one row and at most all of them.
+
+    A table of unbounded ids counts as much as the largest bounded one.
+
+    Raises:
+        ValueError: fewer than one row.
+    """
+    if num_embeddings < 1:
+        raise ValueError(f"num_embeddings must be at least 1 row, got {num_embeddings}")
+    largest = max((table.num_embeddings for table in tables if table.num_embeddings < UNBOUNDED), default=1)
+    sizes = [largest if table.num_embeddings == UNBOUNDED else table.num_embeddings for table in tables]
+    total = sum(sizes)
+    return [
+        min(max(num_embeddings * size // total, 1), table.num_embeddings)
+        for size, table in zip(sizes, tables, strict=True)
+    ]
+
+
+def proportional_range(tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
+    """Useful range of ``num_embeddings`` in ``proportional_rows``: from one row a table to full tables."""
+    bounded = [table.num_embeddings for table in tables if table.num_embeddings < UNBOUNDED]
+    if not bounded:
+        return 1, 1 << 33
+    return 1, sum(bounded) + (len(tables) - len(bounded)) * max(bounded)
+
+
+def start_variance(table: EmbeddingBagConfig) -> float:
+    """Variance a vector of ``table`` starts with: that of TorchRec's full table."""
+    return full_table_variance([table])
+
+
+def stacked_table(name: str, rows: Sequence[int], width: int, variances: Sequence[float]) -> EmbeddingBagConfig:
+    """A physical table of ``sum(rows)`` rows, whose ranges start uniform around 0 with these variances."""
+    ranges = [(count, uniform_bound(variance)) for count, variance in zip(rows, variances, strict=True)]
+    return physical_table(name, sum(rows), width, functools.partial(_fill_ranges, ranges))
+
+
+@torch.no_grad()
+def _fill_ranges(ranges: Sequence[tuple[int, float]], weight: Tensor) -> None:
+    for part, (_, bound) in zip(weight.split([count for count, _ in ranges]), ranges, strict=True):
+        nn.init.uniform_(part, -bound, bound)
+
+
+def forward_linear(method: CompressedTables, bags: Bags, mean: Tensor | None) -> Tensor:
+    """``forward`` of a method whose vectors are linear in the rows of one group of lookups: the kernel pools."""
+    if bags.single or bags.weights is not None:
+        return bags.pool(method.embed(bags), mean)
+    [slots] = method.remap(bags)
+    starts = bags.offsets()
+    offsets = torch.cat([starts, *(starts[1:] + number * starts[-1] for number in range(1, len(slots)))])
+    sums = method.lookup_bags(0, slots, offsets, bags.lengths.numel())
+    rows = list(sums.split([config.embedding_dim for config in method.physical_tables[0]], dim=1))
+    return bags.lay_out(method.compose([rows], bags), mean)
+
+
+def means_per_row(total_rows: int, rows: Tensor, values_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the values that fall on each row: ((total_rows, D), (total_rows,) whether any did)."""
+    sums = values_ND.new_zeros(total_rows, values_ND.shape[1]).index_add_(0, rows, values_ND)
+    counts = torch.bincount(rows, minlength=total_rows)
+    return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
