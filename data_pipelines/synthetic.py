@@ -64,6 +64,8 @@ from data_pipelines.synthetic_log import default_total_ids, generate
 from data_pipelines.workspace import check_target, workspace
 from recemb.data.manifest import FILE_NAME, Manifest
 
+__all__ = ["generate", "main", "prepare_synthetic"]
+
 logger = logging.getLogger(__name__)
 
 SOURCE = "synthetic"
