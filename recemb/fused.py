@@ -181,12 +181,14 @@ class _Kernel:
         self._adagrad: RowwiseAdagrad | None = None
         if in_torch:
             width, rows = configs[0].embedding_dim, sum(config.num_embeddings for config in configs)
-            flat = self.batched.weights_host.detach().view(rows, width)
-            self._adagrad = RowwiseAdagrad(flat, self.batched.momentum1_host, optimizer.eps)
+            self._flat = self.batched.weights_host.detach().view(rows, width)
+            self._adagrad = RowwiseAdagrad(self._flat, self.batched.momentum1_host, optimizer.eps)
             starts = [0, *itertools.accumulate(config.num_embeddings for config in configs)]
             self._first_rows = torch.tensor(
                 [start for start, config in zip(starts, configs, strict=False) for _ in config.feature_names]
             )
+            self._last_ids = torch.tensor([c.num_embeddings - 1 for c in configs for _ in c.feature_names])
+            self._counter = torch.arange(0)
             self._trigger = torch.zeros((), requires_grad=True)
 
     def lookup(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
@@ -194,11 +196,41 @@ class _Kernel:
         learned_weights = weights is not None and weights.requires_grad
         if self._adagrad is None or learned_weights or not torch.is_grad_enabled():
             return self.batched(ids, offsets, weights)
+        if (
+            weights is None
+            and ids.numel() == offsets.numel() - 1
+            and torch.equal(offsets, self._count(offsets.numel()))
+        ):
+            return self._lookup_single(ids, offsets)
         return UpdatingLookup.apply(
             self._trigger,
             lambda: self.batched(ids, offsets, weights),
             lambda gradient: self._update(gradient, ids, offsets, weights),
         )
+
+    def _lookup_single(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        """Bags of one id each: in the order of the output their rows need no pooling, nor their gradients turning."""
+        ids_FB = ids.view(len(self.keys), -1)
+        if ids.numel():
+            low, high = torch.aminmax(ids_FB, dim=1)
+            if bool(((low < 0) | (high > self._last_ids)).any()):
+                # For its error.
+                return self.batched(ids, offsets)
+        rows = (ids_FB + self._first_rows.unsqueeze(1)).t().reshape(-1)
+        flat, adagrad = self._flat, self._adagrad
+        assert adagrad is not None
+        pooled: Tensor = UpdatingLookup.apply(
+            self._trigger,
+            lambda: flat.index_select(0, rows).view(ids_FB.shape[1], -1),
+            lambda gradient: adagrad.update(rows, gradient.reshape(-1, flat.shape[1]), self._learning_rate),
+        )
+        return pooled
+
+    def _count(self, length: int) -> Tensor:
+        """0, 1, 2, ... (length,), kept between batches."""
+        if self._counter.numel() < length:
+            self._counter = torch.arange(length)
+        return self._counter[:length]
 
     def _update(self, gradient: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> None:
         assert self._adagrad is not None
