@@ -184,7 +184,8 @@ class ChunkEncoder:
                 f"{chunk.place(row)}, column {feature.name!r}: ids must be in [0, {feature.num_embeddings}) "
                 f"(num_embeddings), got {values[wrong].as_py()!r}"
             )
-        return np.asarray(values.cast(pa.int64()).to_numpy(zero_copy_only=False))
+        kind = pa.int32() if feature.num_embeddings <= 2**31 else pa.int64()
+        return np.asarray(values.cast(kind).to_numpy(zero_copy_only=False))
 
     def _carried(self, chunk: RawChunk, name: str) -> pa.Array:
         column = chunk.batch.column(name)

@@ -15,7 +15,7 @@ A schema, with everything that may stand in it:
       - {name: campaign, encoding: hash}
       - {name: hour, encoding: ids, num_embeddings: 24}     # integers that are ids already, checked
     sequences:                    # list columns, oldest entry first; max_length keeps the latest
-      - {name: history, table: item, max_length: 50}        # shares the ids of `item`
+      - {name: history, table: item, max_length: 50}        # shares the ids, and the settings, of `item`
     user: user_id                 # groups impressions for GAUC; string or integer, carried as given
     time: {column: shown_at, unit: s}   # integer with unit s, ms, us or ns; or `time: shown_at` for a date or timestamp
     day: shown_on                 # integer days for last-day splits, where `time` is not there
@@ -121,8 +121,7 @@ def _schema(content: Any) -> LogSchema:
         raise ValueError("key 'label' is required: the name of the 0/1 column")
     defaults = _mapping(fields.get("defaults") or {}, "defaults", _DEFAULT_KEYS)
     _check_types(defaults, "defaults")
-    transform = {key: value for key, value in defaults.items() if key == "transform"}
-    encoding = {key: value for key, value in defaults.items() if key != "transform"}
+    transform = {"transform": defaults.pop("transform")} if "transform" in defaults else {}
     time = fields.get("time")
     time = _mapping(time, "time", ("column", "unit")) if isinstance(time, Mapping) else {"column": time}
     return LogSchema(
@@ -131,16 +130,7 @@ def _schema(content: Any) -> LogSchema:
             NumericColumn(**{**transform, **_column(item, "numeric", _NUMERIC_KEYS)})
             for item in _sequence(fields.get("numeric"), "numeric")
         ),
-        categorical=tuple(
-            [
-                _categorical(_column(item, "categorical", _CATEGORICAL_KEYS), encoding)
-                for item in _sequence(fields.get("categorical"), "categorical")
-            ]
-            + [
-                _categorical({**_column(item, "sequences", _SEQUENCE_KEYS), "kind": "sequence"}, encoding)
-                for item in _sequence(fields.get("sequences"), "sequences")
-            ]
-        ),
+        categorical=_categorical(fields, defaults),
         user=_optional_text(fields.get("user"), "user"),
         time=_optional_text(time.get("column"), "time"),
         time_unit=time.get("unit", "s"),
@@ -149,12 +139,27 @@ def _schema(content: Any) -> LogSchema:
     )
 
 
-def _categorical(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> CategoricalColumn:
-    """A column with the defaults; the default min_count is for vocabularies only."""
-    merged = {**defaults, **settings}
-    if merged.get("encoding", "vocabulary") != "vocabulary" and "min_count" not in settings:
-        merged.pop("min_count", None)
-    return CategoricalColumn(**merged)
+def _categorical(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[CategoricalColumn, ...]:
+    """Categorical and sequence columns; what one does not say it takes from its table's column, then the defaults."""
+    columns = [
+        _column(item, "categorical", _CATEGORICAL_KEYS) for item in _sequence(fields.get("categorical"), "categorical")
+    ] + [
+        {**_column(item, "sequences", _SEQUENCE_KEYS), "kind": "sequence"}
+        for item in _sequence(fields.get("sequences"), "sequences")
+    ]
+    by_name = {settings["name"]: settings for settings in columns}
+    merged = []
+    for settings in columns:
+        owner: dict[str, Any] = by_name.get(settings.get("table", ""), {})
+        own = {
+            key: value for key, value in owner.items() if key in ("encoding", "min_count", "num_embeddings")
+        } | settings
+        general: dict[str, Any] = dict(defaults)
+        if own.get("encoding", general.get("encoding", "vocabulary")) != "vocabulary":
+            # The default is meant for vocabularies; only one given to this column is an error.
+            general.pop("min_count", None)
+        merged.append(CategoricalColumn(**{**general, **own}))
+    return tuple(merged)
 
 
 def _split(content: Any) -> SplitRule | None:

@@ -139,7 +139,7 @@ class PartWriter:
         unknown = {split: Counter[str]() for split in SPLITS}
         for (number, _, _), (file, counts) in zip(parts, written, strict=True):
             files[SPLITS[number]].append(file)
-            unknown[SPLITS[number]] += counts
+            unknown[SPLITS[number]].update(counts)
         return {name: Split(tuple(entries)) for name, entries in files.items()}, unknown
 
     def _write_part(self, part: tuple[int, int, list[Chunk]]) -> tuple[DataFile, Counter[str]]:

@@ -104,7 +104,7 @@ def prepare_log(
             preparation={
                 "options": dict(options or {}),
                 "raw_files": [str(source.path) for source in sources],
-                "split": dataclasses.asdict(split),
+                "split": {**dataclasses.asdict(split), "fractions": list(split.fractions)},
                 "missing_numbers": dict(sum((chunk.missing for chunk in chunks), Counter[str]())),
                 "out_of_vocabulary_share": _shares(unknown, splits),
             },
