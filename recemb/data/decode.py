@@ -99,7 +99,8 @@ class WindowReader:
             table = file.read_row_groups(numbers, columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
-                f"{read.path}: row groups {numbers}, columns {names}: cannot be decoded ({error}); {ADVICE}"
+                f"{read.path}: {_first_damage(file, numbers, names)}: cannot be decoded, "
+                f"the file is damaged ({error}); {ADVICE}"
             ) from error
         if table.num_rows != read.rows:
             raise ValueError(f"{read.path}: row groups {numbers} must hold {read.rows} rows, got {table.num_rows}")
@@ -147,6 +148,16 @@ class WindowReader:
             assert isinstance(block, IdBlock)
             target = block.ids_FR[row, :rows]
         _put(arrays[0] if len(arrays) == 1 else pa.concat_arrays(arrays), order, target)
+
+
+def _first_damage(file: pq.ParquetFile, numbers: Sequence[int], names: Sequence[str]) -> str:
+    """The first row group and column that cannot be decoded, of some of which one cannot."""
+    for number, name in itertools.product(numbers, names):
+        try:
+            file.read_row_group(number, columns=[name], use_threads=False)
+        except (pa.ArrowException, OSError):
+            return f"row group {number}, column {name!r}"
+    return f"row groups {list(numbers)}, columns {list(names)}"
 
 
 def _store_bags(

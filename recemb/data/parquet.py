@@ -93,7 +93,7 @@ class ParquetLoader:
         self._window_rows = shuffle_buffer_rows if shuffle else READ_ROWS
         columns = model_columns(manifest)
         self._row_groups, wide = _read_footers(manifest, split, columns, extra_columns)
-        self._layout = make_layout(columns, wide, extra_columns)
+        self._layout = make_layout(columns, wide, tuple(dict.fromkeys(extra_columns)))
         self._total_rows = sum(group.rows for group in self._row_groups)
         if self._total_rows < world_size:
             raise ValueError(
@@ -248,8 +248,7 @@ def _read_footers(
     manifest: Manifest, split: str, columns: Sequence[Column], extra_columns: Sequence[str]
 ) -> tuple[list[RowGroup], frozenset[str]]:
     """The row groups of a split, and its single-id columns of which some file has 64-bit ids."""
-    known = {column.name for column in columns}
-    wanted = [*columns, *(Column(name, "extra") for name in extra_columns if name not in known)]
+    wanted = [*columns, *(Column(name, "extra") for name in extra_columns)]
     row_groups: list[RowGroup] = []
     wide: set[str] = set()
     for number, path in enumerate(manifest.files(split)):
