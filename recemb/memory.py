@@ -106,8 +106,8 @@ def measure_memory(
     index_bytes = dense_bytes = 0
     for group in compressed_groups(collection):
         weights: set[str] = set()
-        for number in range(len(group.lookups)):
-            for config in group.collection(number).embedding_bag_configs():
+        for number, physical in enumerate(group.physical_tables):
+            for config in physical:
                 key = f"lookups.{number}.embedding_bags.{config.name}.weight"
                 weights.add(key)
                 weight = group.get_parameter(key)

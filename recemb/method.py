@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recemb.bags import Bags
 
@@ -45,6 +46,8 @@ class CompressedTables(nn.Module):
             number of slots, in one kernel call. Dimensions must be multiples of 4 (fused kernels).
 
     Attributes:
+        physical_tables: ``lookups`` as given; sharded collections do not tell.
+        equal_batches: set by sharding where ranks must look up equally many bags, see ``read``.
         budget_knob: constructor argument that a byte budget turns (an integer), None where size is fixed.
         supports_unbounded: takes tables of ``UNBOUNDED`` ids.
         stacks_tables: reads all tables of a group at once; where not, unpooled collections make a group per table.
@@ -59,7 +62,9 @@ class CompressedTables(nn.Module):
     def __init__(self, tables: Sequence[EmbeddingBagConfig], lookups: Sequence[Sequence[EmbeddingBagConfig]]) -> None:
         super().__init__()
         self.tables = list(tables)
+        self.physical_tables = [list(group) for group in lookups]
         self.feature_names = [name for table in tables for name in table.feature_names]
+        self.equal_batches = False
         device = torch.get_default_device()
         self.lookups = nn.ModuleList(EmbeddingBagCollection(tables=list(group), device=device) for group in lookups)
         is_mean = [table.pooling == PoolingType.MEAN for table in tables for _ in table.feature_names]
@@ -124,14 +129,41 @@ class CompressedTables(nn.Module):
             offsets: (tables * num_bags + 1,) int64 start of each bag, table after table.
             num_bags: bags per table.
         """
-        collection = self.collection(index)
         features = KeyedJaggedTensor(
-            keys=_feature_names(collection),
+            keys=[name for config in self.physical_tables[index] for name in config.feature_names],
             values=slots[0].view(-1) if len(slots) == 1 else torch.cat([slot.view(-1) for slot in slots]),
             offsets=offsets,
             stride=num_bags,
         )
-        return collection(features).values()
+        return self.read(index, features)
+
+    def read(self, index: int, features: KeyedJaggedTensor) -> Tensor:
+        """Pooled rows of ``lookups[index]``: (bags per key, sum of dims).
+
+        Where ``equal_batches`` is set, every rank is brought to the largest number of bags of any, with empty ones:
+        gloo cannot gather the gradients of row-wise shards otherwise.
+        """
+        if not self.equal_batches:
+            return self._in_order(index, self.collection(index)(features))
+        num_bags = features.stride()
+        largest = torch.tensor(num_bags)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        lengths = torch.nn.functional.pad(
+            features.lengths().view(len(features.keys()), num_bags), (0, int(largest) - num_bags)
+        )
+        padded = KeyedJaggedTensor(
+            keys=features.keys(),
+            values=features.values(),
+            weights=features.weights_or_none(),
+            lengths=lengths.view(-1),
+            stride=int(largest),
+        )
+        return self._in_order(index, self.collection(index)(padded))[:num_bags]
+
+    def _in_order(self, index: int, output: KeyedTensor) -> Tensor:
+        """Values in table order: sharded collections order their output by where tables lie."""
+        keys = [name for config in self.physical_tables[index] for name in config.feature_names]
+        return output.values() if output.keys() == keys else torch.cat([output[key] for key in keys], dim=1)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
@@ -139,11 +171,11 @@ class CompressedTables(nn.Module):
         return 1, sum(table.num_embeddings for table in tables)
 
     def collection(self, index: int) -> EmbeddingBagCollection:
-        """``lookups[index]``: TorchRec's collection, or what ``recemb.prepare`` put in its place (called alike)."""
+        """``lookups[index]``: TorchRec's collection, or the fused or sharded one in its place, called alike."""
         return cast(EmbeddingBagCollection, self.lookups[index])
 
     def _dims(self, index: int) -> list[int]:
-        return [config.embedding_dim for config in self.collection(index).embedding_bag_configs()]
+        return [config.embedding_dim for config in self.physical_tables[index]]
 
 
 def method_class(method: Method) -> type[CompressedTables]:
@@ -200,7 +232,3 @@ def full_table_variance(tables: Iterable[EmbeddingBagConfig]) -> float:
 def uniform_bound(variance: float) -> float:
     """The a for which U(-a, a) has this variance."""
     return math.sqrt(3 * variance)
-
-
-def _feature_names(collection: EmbeddingBagCollection) -> list[str]:
-    return [name for config in collection.embedding_bag_configs() for name in config.feature_names]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torchrec.optim.keyed import KeyedOptimizer
 
 from recemb.fused import FusedTables
 
@@ -71,11 +72,19 @@ class TrainingOptimizer:
     Args:
         fused: module path -> tables that fbgemm trains.
         optimizers: name -> torch optimizer of everything else (``"dense"``, and ``"sparse"`` for Adam on CPU).
+        sharded: TorchRec's optimizer of tables spread over ranks, where there is a process group.
     """
 
-    def __init__(self, fused: Mapping[str, FusedTables], optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        fused: Mapping[str, FusedTables],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        sharded: KeyedOptimizer | None = None,
+    ) -> None:
         self.fused = dict(fused)
         self.optimizers = dict(optimizers)
+        self.sharded = sharded
+        self._sharded_rates = [group["lr"] for group in sharded.param_groups] if sharded is not None else []
         self._base_rates = {
             name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self.optimizers.items()
         }
@@ -95,10 +104,17 @@ class TrainingOptimizer:
                 group["lr"] = base * factor
         for tables in self.fused.values():
             tables.set_learning_rate_factor(factor)
+        if self.sharded is not None:
+            for group, base in zip(self.sharded.param_groups, self._sharded_rates, strict=True):
+                group["lr"] = base * factor
+            # Hands the rates to the kernels; rows move in backward().
+            self.sharded.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors are the live ones, not copies."""
+        sharded = {} if self.sharded is None else {"sharded": self.sharded.state_dict()}
         return {
+            **sharded,
             "fused": {path: tables.optimizer_state() for path, tables in self.fused.items()},
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
@@ -109,12 +125,14 @@ class TrainingOptimizer:
         Raises:
             ValueError: state of other tables or optimizers.
         """
-        expected = {"fused", *self.optimizers}
+        expected = {"fused", *self.optimizers, *(["sharded"] if self.sharded is not None else [])}
         if set(state) != expected:
             raise ValueError(f"optimizer state must have {sorted(expected)}, got {sorted(state)}")
         if set(state["fused"]) != set(self.fused):
             raise ValueError(f"optimizer state must be of tables {sorted(self.fused)}, got {sorted(state['fused'])}")
         for path, tables in self.fused.items():
             tables.load_optimizer_state(state["fused"][path])
+        if self.sharded is not None:
+            self.sharded.load_state_dict(state["sharded"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recemb.fused import FusedTables
 from recemb.optimizers import EmbeddingOptimizer, TrainingOptimizer
+from recemb.sharding import dense_parameters, shard
 
 
 def prepare(
@@ -18,20 +20,31 @@ def prepare(
     dense_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     *,
     device: torch.device | str = "cpu",
+    placement: Mapping[str, Sequence[str]] | None = None,
+    caching: bool = False,
 ) -> tuple[nn.Module, TrainingOptimizer]:
     """Move ``model`` to ``device`` and replace every EmbeddingBagCollection in it by fused kernels, in place.
 
-    State-dict keys stay the same. With Adam on CPU, for which fbgemm has no kernel, tables stay TorchRec's with sparse
-    gradients and torch's SparseAdam (several times slower; rows that a batch does not touch keep their moments).
+    In a process group the tables are spread over its ranks by TorchRec's DistributedModelParallel instead (see
+    ``recemb.sharding``); the step loop is the same. State-dict keys stay the same. With Adam on CPU, for which fbgemm
+    has no kernel, tables stay TorchRec's with sparse gradients and torch's SparseAdam (several times slower; rows that
+    a batch does not touch keep their moments).
 
     Args:
         model: any module that holds TorchRec or recemb collections, or is one.
         embedding_optimizer: trains the tables.
         dense_optimizer: makes the optimizer of all other parameters, e.g. ``partial(torch.optim.Adam, lr=1e-3)``.
         device: where to train.
+        placement: physical-table-name pattern -> sharding types allowed (``"table_wise"``, ``"row_wise"``), for
+            process groups; the planner chooses where nothing is said.
+        caching: keep sharded tables in host memory behind a cache on the device (``managed_caching``, CUDA only).
 
     Returns:
-        The model (the same object, unless it is itself a collection) and the optimizer to step after backward().
+        The model (the same object, unless it is itself a collection or is sharded) and the optimizer to step after
+        backward().
+
+    Raises:
+        ValueError: tables that fused kernels or the planner cannot take; on every rank alike.
 
     Example:
         >>> from functools import partial
@@ -41,6 +54,10 @@ def prepare(
         >>> model, optimizer = prepare(model, EmbeddingOptimizer(), partial(torch.optim.Adam, lr=1e-3))
     """
     device = torch.device(device)
+    if dist.is_initialized():
+        sharded, table_optimizer = shard(model, embedding_optimizer, device, placement=placement, caching=caching)
+        dense = dense_parameters(sharded)
+        return sharded, TrainingOptimizer({}, {"dense": dense_optimizer(dense)} if dense else {}, table_optimizer)
     collections = {path: child for path, child in model.named_modules() if type(child) is EmbeddingBagCollection}
     fused: dict[str, FusedTables] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}

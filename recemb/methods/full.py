@@ -52,7 +52,7 @@ class Full(CompressedTables):
     def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
         """Every table, exactly."""
         for index in range(len(self.lookups)):
-            for config in self.collection(index).embedding_bag_configs():
+            for config in self.physical_tables[index]:
                 weight = self.get_parameter(f"lookups.{index}.embedding_bags.{config.name}.weight")
                 weight.copy_(full_tables[config.name])
         return [table.name for table in self.tables]
@@ -72,18 +72,17 @@ class Full(CompressedTables):
             lengths=lengths.reshape(-1),
             stride=per_key,
         )
-        return self.collection(0)(features).values().view(per_key * num_keys, -1)[:num_ids]
+        return self.read(0, features).view(per_key * num_keys, -1)[:num_ids]
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         if len(self.lookups) == 1:
-            return self.collection(0)(features).values()
+            return self.read(0, features)
         vectors: dict[tuple[str, str], Tensor] = {}
         for index in range(len(self.lookups)):
-            collection = self.collection(index)
-            values = collection(features).values()
+            values = self.read(index, features)
             slots = [
                 (config.name, name, config.embedding_dim)
-                for config in collection.embedding_bag_configs()
+                for config in self.physical_tables[index]
                 for name in config.feature_names
             ]
             for (table, name, _), part in zip(slots, values.split([dim for *_, dim in slots], dim=1), strict=True):

@@ -1,0 +1,214 @@
+"""Tables spread over ranks by TorchRec's DistributedModelParallel, on gloo (CPU) or NCCL.
+
+What TorchRec leaves to its caller, and is done here: row-wise sharding on CPU is opened (TorchRec gates it to CUDA,
+gloo runs it), the weights a model already has are written into the shards (on CPU TorchRec drops them), data-parallel
+tables are ruled out (they ignore fused optimizers), and every rank plans for itself from the same inputs, so that a
+failure to plan ends all ranks with one message instead of leaving some waiting.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.optim.optimizers import SGD, Adagrad, Adam, in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from recemb.collection import compressed_groups
+from recemb.optimizers import EmbeddingOptimizer
+
+# Column-wise is left out: its row-wise Adagrad state cannot be loaded by another number of ranks.
+SHARDING_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
+_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": Adagrad,
+    "sgd": SGD,
+    "adam": Adam,
+}
+
+
+class _BagSharder(EmbeddingBagCollectionSharder):
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(SHARDING_TYPES)
+
+
+class _SequenceSharder(EmbeddingCollectionSharder):
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        return list(SHARDING_TYPES)
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    """Sharders of TorchRec's collections that offer table-wise and row-wise on every device."""
+    return [cast(ModuleSharder[nn.Module], _BagSharder()), cast(ModuleSharder[nn.Module], _SequenceSharder())]
+
+
+def plan_shards(
+    model: nn.Module,
+    *,
+    world_size: int,
+    device_type: str,
+    local_world_size: int | None = None,
+    placement: Mapping[str, Sequence[str]] | None = None,
+    device_memory_bytes: int | None = None,
+    caching: bool = False,
+) -> ShardingPlan:
+    """TorchRec's planner over the collections of ``model`` (meta tensors suffice), without any communication.
+
+    Args:
+        model: holds TorchRec collections.
+        world_size: ranks.
+        device_type: ``"cpu"`` or ``"cuda"``.
+        local_world_size: ranks of one machine; all of them where None.
+        placement: physical-table-name pattern -> sharding types allowed (``"table_wise"``, ``"row_wise"``); first match
+            wins, all are allowed where none does.
+        device_memory_bytes: memory of one rank; TorchRec's default where None.
+        caching: keep tables in host memory behind a cache on the device (``managed_caching``, CUDA only).
+
+    Raises:
+        ValueError: the tables do not fit, or no allowed placement exists: one message, the same on every rank.
+    """
+    kernel = EmbeddingComputeKernel.FUSED_UVM_CACHING if caching else EmbeddingComputeKernel.FUSED
+    constraints = {
+        config.name: ParameterConstraints(
+            sharding_types=_allowed(config, placement or {}, world_size),
+            compute_kernels=[kernel.value],
+            min_partition=4,
+        )
+        for module in model.modules()
+        if isinstance(module, EmbeddingBagCollection)
+        for config in module.embedding_bag_configs()
+    }
+    memory = {} if device_memory_bytes is None else _memory_argument(device_type, device_memory_bytes)
+    topology = Topology(
+        world_size=world_size,
+        local_world_size=local_world_size or world_size,
+        compute_device=device_type,
+        **memory,
+    )
+    try:
+        return EmbeddingShardingPlanner(topology=topology, constraints=constraints).plan(model, sharders())
+    except PlannerError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"tables cannot be placed on {world_size} {device_type} ranks: {first} "
+            "Give more ranks or memory, a smaller budget, or allow row_wise placement."
+        ) from error
+
+
+def shard(
+    model: nn.Module,
+    optimizer: EmbeddingOptimizer,
+    device: torch.device,
+    *,
+    placement: Mapping[str, Sequence[str]] | None = None,
+    caching: bool = False,
+) -> tuple[DistributedModelParallel, KeyedOptimizer]:
+    """Spread the tables of ``model`` over the ranks of the process group; its other parameters are replicated.
+
+    Args:
+        model: the same on every rank, weights included: those of rank 0 are not broadcast.
+        optimizer: trains the rows inside backward().
+        device: of this rank.
+        placement: see ``plan_shards``.
+        caching: see ``plan_shards``.
+
+    Returns:
+        The wrapped model, called as before, and the optimizer of its tables (state only; rows move in backward).
+
+    Raises:
+        ValueError: Adam on CPU (fbgemm has no kernel), or a plan that does not exist.
+    """
+    if not optimizer.is_fused(device):
+        raise ValueError(
+            f"sharded tables on {device.type} cannot be trained by {optimizer.name!r}: fbgemm has no kernel"
+        )
+    arguments: dict[str, Any] = {"lr": optimizer.learning_rate}
+    if optimizer.name != "sgd":
+        arguments["eps"] = optimizer.eps
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            apply_optimizer_in_backward(_OPTIMIZERS[optimizer.name], module.parameters(), arguments)
+    plan = plan_shards(
+        model,
+        world_size=dist.get_world_size(),
+        device_type=device.type,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+        placement=placement,
+        caching=caching,
+    )
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    _keep_initial_values(model)
+    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
+    write_weights(sharded, weights)
+    if dist.get_backend() == "gloo":
+        for group in compressed_groups(sharded):
+            group.equal_batches = True
+    return sharded, cast(KeyedOptimizer, sharded.fused_optimizer)
+
+
+@torch.no_grad()
+def write_weights(sharded: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write whole tensors into the shards this rank holds.
+
+    Args:
+        sharded: a model after ``shard``.
+        weights: state-dict key -> whole tensor; keys that are missing keep their values.
+    """
+    for key, target in sharded.state_dict().items():
+        source = weights.get(key)
+        if source is None:
+            continue
+        if isinstance(target, ShardedTensor):
+            for piece in target.local_shards():
+                (row, column), (rows, columns) = piece.metadata.shard_offsets, piece.metadata.shard_sizes
+                piece.tensor.copy_(source[row : row + rows, column : column + columns])
+        else:
+            target.copy_(source)
+
+
+def dense_parameters(sharded: nn.Module) -> list[nn.Parameter]:
+    """Parameters that no fused optimizer trains."""
+    return [
+        parameter
+        for _, parameter in in_backward_optimizer_filter(sharded.named_parameters())
+        if parameter.requires_grad
+    ]
+
+
+def _allowed(config: EmbeddingBagConfig, placement: Mapping[str, Sequence[str]], world_size: int) -> list[str]:
+    # A rank without rows makes fbgemm's backward fail, so tables too small to give each rank one lie whole on one rank.
+    rows_per_rank = -(-config.num_embeddings // world_size)
+    if rows_per_rank * (world_size - 1) >= config.num_embeddings:
+        return [ShardingType.TABLE_WISE.value]
+    matches = (types for pattern, types in placement.items() if fnmatch.fnmatchcase(config.name, pattern))
+    return list(next(matches, SHARDING_TYPES))
+
+
+def _keep_initial_values(model: nn.Module) -> None:
+    # TorchRec initialises every shard anew; functions that fill rows by their number know nothing of shards.
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection) and module.device.type != "meta":
+            for config in module.embedding_bag_configs():
+                config.init_fn = torch.nn.init.zeros_
+
+
+def _memory_argument(device_type: str, size: int) -> dict[str, int]:
+    # On CPU TorchRec places tables in "ddr" memory, on CUDA in "hbm".
+    return {"hbm_cap": size} if device_type == "cuda" else {"ddr_cap": size}

@@ -1,0 +1,148 @@
+"""Two gloo ranks against one process: every method, table-wise and row-wise, forward and training."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing
+from hydra.utils import instantiate
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.budget import fit_to_budget, parse_budget
+from recemb.collection import CompressedEmbeddingBagCollection
+from recemb.memory import full_table_bytes
+from recemb.method import Method
+from recemb.optimizers import EmbeddingOptimizer
+from recemb.prepare import prepare
+from recemb.sharding import plan_shards
+from tests.embedding_cases import KEYS, bags, embedding_configs, load_embedding_config, small_tables
+
+WORLD_SIZE = 2
+OPTIMIZER = EmbeddingOptimizer("rowwise_adagrad", 0.1)
+DENSE = partial(torch.optim.SGD, lr=0.1)
+
+
+class Model(nn.Module):
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.tables = CompressedEmbeddingBagCollection(small_tables(), method)
+        self.head = nn.Linear(40, 1)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        return self.head(self.tables(features).values()).squeeze(1)
+
+
+def methods() -> dict[str, Method]:
+    full = sum(full_table_bytes(small_tables()).values())
+    found = {}
+    for name in embedding_configs():
+        config = load_embedding_config(name)
+        budget = 1.0 if config["budget"] is None else "4x"
+        found[name] = fit_to_budget(small_tables(), instantiate(config["method"]), parse_budget(budget, full))
+    return found
+
+
+def ids_of(rank: int, *, single: bool) -> list[list[list[int]]]:
+    """Ranks have unequal batches (4 and 5 samples); bags of 0 to 3 ids, or of one."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def bag(size: int) -> list[int]:
+        length = 1 if single else int(torch.randint(0, 4, (1,), generator=generator))
+        return torch.randint(0, size, (length,), generator=generator).tolist()
+
+    return [[bag(size) for _ in range(4 + rank)] for size in (4000, 6000, 6000, 500, 1)]
+
+
+def batch_of(rank: int, *, single: bool) -> KeyedJaggedTensor:
+    return bags(KEYS, ids_of(rank, single=single))
+
+
+def joined(*, single: bool) -> KeyedJaggedTensor:
+    """The batches of both ranks as one."""
+    first, second = (ids_of(rank, single=single) for rank in range(WORLD_SIZE))
+    return bags(KEYS, [[*a, *b] for a, b in zip(first, second, strict=True)])
+
+
+def run_rank(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    dist.init_process_group("gloo")
+    for name, method in methods().items():
+        for placement in ("table_wise", "row_wise"):
+            torch.manual_seed(0)
+            model = Model(method)
+            reference = copy.deepcopy(model)
+            sharded, optimizer = prepare(model, OPTIMIZER, DENSE, placement={"*": [placement]})
+            for single in (False, True):
+                batch = batch_of(rank, single=single)
+                ours, expected = sharded.module.tables(batch), reference.tables(batch)
+                for key in KEYS:
+                    # Bags of one id are bit-equal. Longer ones are summed in another order over ranks, and
+                    # TorchRec's row-wise mean divides by the length plus 1e-6.
+                    exact = single and key not in ("target", "history")
+                    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 2e-6, "atol": 1e-7}
+                    torch.testing.assert_close(ours[key], expected[key], **tolerance)
+            for step in range(3):
+                optimizer.zero_grad()
+                logits = sharded(batch_of(rank, single=step == 1))
+                # Gradients are averaged over ranks: the sum over both, as a mean over 9 samples.
+                (logits.square().sum() * WORLD_SIZE / 9).backward()
+                optimizer.step()
+            outputs = sharded(batch_of(rank, single=False)).detach()
+            torch.save(outputs, folder / f"{name}-{placement}-{rank}.pt")
+            state = {"model": sharded.state_dict(), "tables": optimizer.state_dict()["sharded"]}
+            dcp.save(state, checkpoint_id=str(folder / f"{name}-{placement}"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Asserts equal forwards inside; a failing rank fails the spawn.
+    torch.multiprocessing.spawn(run_rank, (port, path), nprocs=WORLD_SIZE)
+    return path
+
+
+@pytest.mark.parametrize("placement", ["table_wise", "row_wise"])
+@pytest.mark.parametrize("name", embedding_configs())
+def test_two_ranks_train_as_one_process_does(folder: Path, name: str, placement: str) -> None:
+    torch.manual_seed(0)
+    model, optimizer = prepare(Model(methods()[name]), OPTIMIZER, DENSE)
+    for step in range(3):
+        optimizer.zero_grad()
+        (model(joined(single=step == 1)).square().sum() / 9).backward()
+        optimizer.step()
+    expected = model(joined(single=False)).detach()
+    output = torch.cat([torch.load(folder / f"{name}-{placement}-{rank}.pt") for rank in range(WORLD_SIZE)])
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("placement", ["table_wise", "row_wise"])
+@pytest.mark.parametrize("name", embedding_configs())
+def test_a_checkpoint_of_two_ranks_serves_in_one_process(folder: Path, name: str, placement: str) -> None:
+    model = Model(methods()[name])
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=str(folder / f"{name}-{placement}"), no_dist=True)
+    model.load_state_dict(state["model"])
+    for rank in range(WORLD_SIZE):
+        expected = torch.load(folder / f"{name}-{placement}-{rank}.pt")
+        torch.testing.assert_close(model(batch_of(rank, single=False)).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tables_that_do_not_fit_are_refused_with_one_message() -> None:
+    with torch.device("meta"):
+        model = Model(methods()["full"])
+    with pytest.raises(ValueError, match="tables cannot be placed on 2 cpu ranks"):
+        plan_shards(model, world_size=2, device_type="cpu", device_memory_bytes=10_000)
