@@ -77,28 +77,34 @@ class HashedRows(nn.Module):
 
     def forward(self, bags: Bags) -> Tensor:
         """Rows of ``bags.ids``, int64, same shape."""
-        if bags.single:
-            return self._rows(bags.ids, None)
-        return self._rows(bags.ids, bags.per_id(torch.arange(bags.num_features, device=bags.ids.device)))
+        return self._rows(bags.ids, features_of_ids(bags))
 
     def rows_of_feature(self, feature: int, ids: Tensor) -> Tensor:
         """Rows of (N,) ``ids`` of one feature."""
         return self._rows(ids, torch.full_like(ids, feature))
 
     def _rows(self, ids: Tensor, features: Tensor | None) -> Tensor:
-        num_slots = _at(self.num_slots, features)
+        num_slots = at_features(self.num_slots, features)
         if self.salts is not None:
-            rows = hash_to_ranges(ids, _at(self.salts, features), num_slots, _at(self._prefixes, features))
+            rows = hash_to_ranges(
+                ids, at_features(self.salts, features), num_slots, at_features(self._prefixes, features)
+            )
         else:
             rows = ids % num_slots
-        rows += _at(self._first_hashed, features)
+        rows += at_features(self._first_hashed, features)
         if self.own is not None:
-            rows = torch.where(ids < _at(self.own, features), ids + _at(self.starts, features), rows)
+            rows = torch.where(ids < at_features(self.own, features), ids + at_features(self.starts, features), rows)
         return rows
 
 
-def _at(constants: Tensor, features: Tensor | None) -> Tensor:
+def at_features(constants: Tensor, features: Tensor | None) -> Tensor:
+    """(F,) constants as they are where ids are (B, F), and gathered by the (N,) feature of each id otherwise."""
     return constants if features is None else constants.index_select(0, features)
+
+
+def features_of_ids(bags: Bags) -> Tensor | None:
+    """(N,) feature of each id; None where ids are (B, F) and constants broadcast."""
+    return None if bags.single else bags.per_id(torch.arange(bags.num_features, device=bags.ids.device))
 
 
 def per_feature(tables: Sequence[EmbeddingBagConfig], values: Sequence[int]) -> Tensor:
@@ -162,9 +168,8 @@ def forward_linear(method: CompressedTables, bags: Bags, mean: Tensor | None) ->
     if bags.single or bags.weights is not None:
         return bags.pool(method.embed(bags), mean)
     [slots] = method.remap(bags)
-    starts = bags.offsets()
-    offsets = torch.cat([starts, *(starts[1:] + number * starts[-1] for number in range(1, len(slots)))])
-    sums = method.lookup_bags(0, slots, offsets, bags.lengths.numel())
+    lengths = bags.lengths.view(-1)
+    sums = method.lookup_bags(0, slots, bag_offsets(lengths, len(slots)), lengths.numel())
     rows = list(sums.split([config.embedding_dim for config in method.physical_tables[0]], dim=1))
     return bags.lay_out(method.compose([rows], bags), mean)
 
@@ -174,3 +179,65 @@ def means_per_row(total_rows: int, rows: Tensor, values_ND: Tensor) -> tuple[Ten
     sums = values_ND.new_zeros(total_rows, values_ND.shape[1]).index_add_(0, rows, values_ND)
     counts = torch.bincount(rows, minlength=total_rows)
     return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
+
+
+class FeatureSubset(nn.Module):
+    """Some of the features: a second lookup that only they need, aligned with the first by empty bags.
+
+    Args:
+        tables: the logical tables.
+        chosen: which of them.
+    """
+
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], chosen: Sequence[bool]) -> None:
+        super().__init__()
+        is_chosen = per_feature(tables, chosen)
+        flags = [flag for table, flag in zip(tables, chosen, strict=True) for _ in table.feature_names]
+        self.is_all = all(flags)
+        self._is_chosen: Tensor
+        self.register_buffer("_is_chosen", is_chosen, persistent=False)
+        self._features: Tensor
+        indices = [index for index, flag in enumerate(flags) if flag]
+        self.register_buffer("_features", torch.tensor(indices, dtype=torch.int64), persistent=False)
+
+    def pick(self, values: Tensor, bags: Bags) -> Tensor:
+        """Those of the values of ``bags.ids`` that belong to chosen features, in the same order."""
+        if self.is_all:
+            return values
+        if bags.single:
+            return values.index_select(1, self._features)
+        return values[bags.per_id(self._is_chosen) > 0]
+
+    def left_out(self, bags: Bags) -> Tensor:
+        """1 for ids of the other features, 0 for the chosen ones: float32, (F, 1) or (N, 1) against rows."""
+        return bags.per_id(1 - self._is_chosen).to(torch.float32).unsqueeze(1)
+
+    def lookup(self, method: CompressedTables, index: int, slots: Sequence[Tensor], bags: Bags) -> list[Tensor]:
+        """Rows at the slots of the chosen ids, and 0 for ids of the other features: (N, dim) for each table.
+
+        Args:
+            method: owner of the lookups.
+            index: which group of them.
+            slots: of the chosen ids (see ``pick``), for each table of the group.
+            bags: all of them.
+        """
+        num_ids = bags.ids.numel()
+        if self.is_all or num_ids == 0:
+            return method.lookup_rows(index, [slot.reshape(-1) for slot in slots])
+        chosen = self._is_chosen.expand(bags.ids.shape) if bags.single else bags.per_id(self._is_chosen)
+        return self._lookup(method, index, slots, chosen.reshape(-1))
+
+    def lookup_pooled(self, method: CompressedTables, index: int, slots: Sequence[Tensor], bags: Bags) -> list[Tensor]:
+        """As ``lookup``, summed over every bag of a layout that is not single: (F * B, dim) for each table."""
+        return self._lookup(method, index, slots, (bags.lengths * self._is_chosen.unsqueeze(1)).view(-1))
+
+    def _lookup(self, method: CompressedTables, index: int, slots: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
+        sums = method.lookup_bags(index, slots, bag_offsets(lengths, len(slots)), lengths.numel())
+        return list(sums.split([config.embedding_dim for config in method.physical_tables[index]], dim=1))
+
+
+def bag_offsets(lengths: Tensor, num_tables: int = 1) -> Tensor:
+    """(num_tables * bags + 1,) int64 starts of bags of these lengths, the same for each table."""
+    offsets = torch.zeros(lengths.numel() * num_tables + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths.repeat(num_tables) if num_tables > 1 else lengths, dim=0, out=offsets[1:])
+    return offsets

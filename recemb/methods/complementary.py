@@ -1,0 +1,221 @@
+"""Compositional embeddings from complementary partitions: quotient-remainder and its relatives.
+
+Reference: Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
+Systems", KDD 2020, arXiv:1909.02107.
+
+Differs from the paper's released code (not from its text): ids are divided as integers, where float32 misplaces ids
+above 2**24; vectors are composed id by id before a bag is pooled, where the code multiplies pooled factors; factors
+start symmetric around 0 so that vectors have a full table's variance, where the code starts them in [sqrt(1/n), 1];
+with ``"concat"`` every factor is ``embedding_dim / k`` wide, so that compressed and full tables are equally wide.
+
+Shapes: N ids, B batch, F features, D embedding_dim, k partitions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.bags import Bags
+from recemb.method import CompressedTables
+from recemb.partitions import (
+    PartitionRows,
+    Partitions,
+    check_complementary,
+    choose_partitions,
+    class_dtypes,
+    known_partitions,
+)
+from recemb.stacked import FeatureSubset, features_of_ids, forward_linear, stacked_table, start_variance
+
+OPERATIONS = ("mult", "add", "concat")
+
+
+class Complementary(CompressedTables):
+    """Gives id ``i`` the product (or sum, or concatenation) of k rows: one for its class in each of k partitions.
+
+    The partitions tell every two ids apart, so no two ids share all their rows. Quotient-remainder is
+    ``family="mixed_radix"`` with two partitions: rows ``i // c`` and ``i % c``.
+
+    Memory: rows for all classes of all partitions, ``ceil(n / c) + c`` for quotient-remainder, of ``embedding_dim``
+    values (``embedding_dim / k`` with ``"concat"``); least, about ``k * n ** (1 / k)`` rows, at
+    ``c = n ** ((k - 1) / k)``. A table that would not shrink stays full, and so does one below the collection's
+    ``full_below_rows`` (the paper's threshold; it tries 20 to 20,000).
+
+    To feed the k rows to the model as k features of their own (the paper's feature generation), see
+    ``recemb.generated_features``.
+
+    Args:
+        tables: the logical tables.
+        num_collisions: c, ids that may share a row of the first partition; what a byte budget turns. The paper reports
+            4 to 60. Each table takes the cheapest partitions with at most c collisions.
+        family: ``"mixed_radix"`` or ``"chinese_remainder"`` (remainders of coprime divisors: neighbouring ids, which
+            are equally frequent, share no row, where quotients are shared by c neighbours).
+        num_partitions: k; 1 keeps full tables, more make them smaller at the same c.
+        operation: ``"mult"`` (the paper's best on DCN), ``"add"``, or ``"concat"`` (its best on DLRM; k must divide
+            ``embedding_dim`` into multiples of 4). Only concatenated rows are proven to stay distinct.
+        classes: table name -> (num_embeddings, k) integers, for tables whose ids have known properties: class of each
+            id in each partition (a product's category, brand and size). They are kept as small integers, counted in
+            the model's bytes. Tables not named take ``family``.
+
+    Raises:
+        ValueError: unknown family or operation, c or k below 1, an ``embedding_dim`` that ``"concat"`` cannot split,
+            classes of an unknown table, of another shape, or that do not tell two ids apart (named).
+
+    Example:
+        >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
+        >>> Complementary(tables, num_collisions=4)
+        Complementary(...)
+    """
+
+    budget_knob: ClassVar[str | None] = "num_collisions"
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        *,
+        num_collisions: int,
+        family: str = "mixed_radix",
+        num_partitions: int = 2,
+        operation: str = "mult",
+        classes: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if operation not in OPERATIONS:
+            raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
+        classes = dict(classes or {})
+        _check_classes(tables, classes, num_partitions)
+        width = _part_width(tables[0], num_partitions, operation)
+        class_bytes = sum(dtype.itemsize for dtype in class_dtypes(classes))
+        self.partitions, self.is_full = [], []
+        for table in tables:
+            known = classes.get(table.name)
+            chosen = (
+                choose_partitions(family, table.num_embeddings, num_collisions, num_partitions)
+                if known is None
+                else known_partitions(known)
+            )
+            num_bytes = chosen.total_classes * width * 4 + (known is not None) * table.num_embeddings * class_bytes
+            is_full = (
+                # A first partition without collisions tells all ids apart alone.
+                chosen.sizes[0] >= table.num_embeddings or num_bytes >= table.num_embeddings * table.embedding_dim * 4
+            )
+            self.is_full.append(is_full)
+            self.partitions.append(_full(table, num_partitions, operation) if is_full else chosen)
+        super().__init__(tables, self._physical_tables(tables, width, operation))
+        kept = [table.name for table, is_full in zip(tables, self.is_full, strict=True) if not is_full]
+        known_classes = {name: known for name, known in classes.items() if name in kept}
+        self._rows = PartitionRows(tables, self.partitions, known_classes)
+        self._operation = operation
+        # Full tables have a row in the first stack alone, unless rows are concatenated.
+        self._composed = FeatureSubset(tables, [not is_full for is_full in self.is_full])
+
+    def remap(self, bags: Bags) -> list[list[Tensor]]:
+        """As the base says, but the second group's slots are of the ids of compressed tables only."""
+        features = features_of_ids(bags)
+        slots = [self._rows(index, bags.ids, features) for index in range(sum(map(len, self.physical_tables)))]
+        if len(self.lookups) == 1:
+            return [slots]
+        return [slots[:1], [self._composed.pick(slot, bags) for slot in slots[1:]]]
+
+    def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
+        if self._operation == "concat":
+            return torch.cat(rows[0], dim=1) if len(rows[0]) > 1 else rows[0][0]
+        vectors = rows[0][0]
+        for factors in rows[1] if len(rows) > 1 else []:
+            vectors = vectors + factors if self._operation == "add" else vectors * self._ones_where_full(factors, bags)
+        return vectors
+
+    def embed(self, bags: Bags) -> Tensor:
+        slots = self.remap(bags)
+        rows = [self.lookup_rows(0, slots[0])]
+        if len(slots) > 1:
+            rows.append(self._composed.lookup(self, 1, slots[1], bags))
+        return self.compose(rows, bags)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        bags = Bags.of(features)
+        if len(self.lookups) == 1:
+            return forward_linear(self, bags, self._is_mean)
+        if self._operation == "mult" or bags.single or bags.weights is not None:
+            return bags.pool(self.embed(bags), self._is_mean)
+        # Sums commute with sums over a bag, so the kernel pools.
+        slots = self.remap(bags)
+        sums = self.lookup_bags(0, slots[0], bags.offsets(), bags.lengths.numel())
+        for part in self._composed.lookup_pooled(self, 1, slots[1], bags):
+            sums = sums + part
+        return bags.lay_out(sums, self._is_mean)
+
+    @classmethod
+    def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
+        # With more than two partitions tables shrink beyond c = sqrt(n); each table stops at its own optimum.
+        return 1, max(table.num_embeddings for table in tables)
+
+    def _physical_tables(
+        self, tables: Sequence[EmbeddingBagConfig], width: int, operation: str
+    ) -> list[list[EmbeddingBagConfig]]:
+        """One stack for each partition; full tables of products and sums have rows in the first one only."""
+        num_partitions = len(self.partitions[0].sizes)
+        concatenates = operation == "concat"
+        num_stacks = num_partitions if concatenates or not all(self.is_full) else 1
+        variances = [
+            start_variance(table) if is_full or concatenates else _part_variance(table, num_partitions, operation)
+            for table, is_full in zip(tables, self.is_full, strict=True)
+        ]
+        stacks = []
+        for index in range(num_stacks):
+            rows = [
+                0 if is_full and index and not concatenates else partitions.sizes[index]
+                for partitions, is_full in zip(self.partitions, self.is_full, strict=True)
+            ]
+            stacks.append(stacked_table(f"partition_{index}", rows, width, variances))
+        if concatenates or len(stacks) == 1:
+            return [stacks]
+        return [stacks[:1], stacks[1:]]
+
+    def _ones_where_full(self, factors: Tensor, bags: Bags) -> Tensor:
+        if self._composed.is_all:
+            return factors
+        ones = self._composed.left_out(bags)
+        if bags.single:
+            return (factors.view(bags.batch_size, bags.num_features, -1) + ones).view(factors.shape)
+        return factors + ones
+
+
+def _part_width(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> int:
+    if operation != "concat":
+        return table.embedding_dim
+    if table.embedding_dim % num_partitions or table.embedding_dim // num_partitions % 4:
+        raise ValueError(
+            f"table {table.name!r}: embedding_dim / num_partitions must be a multiple of 4 to concatenate, "
+            f"got {table.embedding_dim} / {num_partitions}"
+        )
+    return table.embedding_dim // num_partitions
+
+
+def _part_variance(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> float:
+    """Variance of each factor (or term) for vectors to have a full table's."""
+    variance = start_variance(table)
+    return variance / num_partitions if operation == "add" else variance ** (1 / num_partitions)
+
+
+def _full(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> Partitions:
+    """A row an id: in every stack where rows are concatenated, else in the first."""
+    size = table.num_embeddings if operation == "concat" else 1
+    return Partitions((1,) * num_partitions, (table.num_embeddings, *[size] * (num_partitions - 1)))
+
+
+def _check_classes(tables: Sequence[EmbeddingBagConfig], classes: Mapping[str, Tensor], num_partitions: int) -> None:
+    by_name = {table.name: table for table in tables}
+    if unknown := sorted(set(classes) - set(by_name)):
+        raise ValueError(f"classes name tables {unknown}, which are not among {sorted(by_name)}")
+    for name, known in classes.items():
+        check_complementary(name, by_name[name].num_embeddings, known)
+        if known.shape[1] != num_partitions:
+            raise ValueError(
+                f"table {name!r}: classes must be of num_partitions = {num_partitions} partitions, got {known.shape[1]}"
+            )
