@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ from recemb.files import sync_folder, write_json
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
+
+
+class Optimizer(Protocol):
+    """An optimizer's state, as far as checkpoints are concerned."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 class Checkpoints:
@@ -80,10 +87,16 @@ class Checkpoints:
         except (OSError, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
             self._check_space(final, needed)
-            if isinstance(error, OSError):
-                raise
+            causes = (
+                [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+            )
+            for cause in [error, *causes]:
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, f"checkpoint not written: {cause.strerror}", str(final)) from error
             raise OSError(errno.EIO, f"checkpoint not written: {error}", str(final)) from error
         self._link("last", final)
+        if best_step == step:
+            self._link("best", final)
         self.repair_best(best_step)
         self._remove_unlinked()
         return final
@@ -163,22 +176,31 @@ def load_model_tensors(path: Path, model: nn.Module) -> None:
     model.load_state_dict(tensors["model"])
 
 
-def load_part(path: Path, name: str) -> Any:
-    """Everything saved under ``name``, in host memory, without a template to fill.
+def load_optimizer_tensors(path: Path, optimizer: Optimizer) -> None:
+    """Restore ``optimizer`` from what was saved under ``optimizer``.
 
-    A dense optimizer that has not stepped has no state tensors to fill, which a template would silently leave out.
+    Without a template to fill: a dense optimizer that has not stepped yet has no state tensors, and those of the
+    checkpoint would silently be left out. So the state lies twice in host memory for a moment.
 
     Raises:
         FileNotFoundError: not a checkpoint.
-        ValueError: the checkpoint holds nothing under ``name``.
+        ValueError: the checkpoint holds no optimizer, or that of another model.
     """
     if not (path / STATE_FILE).is_file():
         raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
     with _single_process_is_fine():
-        parts = _load_state_dict_from_keys(name, checkpoint_id=str(path))
-    if name not in parts:
-        raise ValueError(f"{path}: holds no {name!r}")
-    return parts[name]
+        try:
+            saved = _load_state_dict_from_keys("optimizer", checkpoint_id=str(path))["optimizer"]
+        except KeyError as error:
+            raise ValueError(f"{path}: holds no optimizer") from error
+    # torch.distributed.checkpoint drops empty dicts and makes all keys text: with "0" for 0 torch's optimizers would
+    # silently start anew.
+    restored = {name: {} for name, part in optimizer.state_dict().items() if not part} | saved
+    for name, part in restored.items():
+        if "param_groups" in part:
+            state = {int(key): value for key, value in part.get("state", {}).items()}
+            restored[name] = {**part, "state": state}
+    optimizer.load_state_dict(restored)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from recemb.checkpoint import Checkpoints, load_model_tensors, load_part, load_state
+from recemb.checkpoint import Checkpoints, Optimizer, load_model_tensors, load_optimizer_tensors, load_state
 from recemb.data.batch import Batch
 from recemb.training.metrics_log import MetricsLog
 from recemb.training.progress import Progress
@@ -33,14 +33,12 @@ class Loader(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Optimizer(Protocol):
+class SteppedOptimizer(Optimizer, Protocol):
     """What ``recemb.prepare`` returns: tables (updated inside backward) and dense layers as one."""
 
     def zero_grad(self) -> None: ...
     def step(self) -> None: ...
     def set_learning_rate_factor(self, factor: float) -> None: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class TrainingLoop:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: SteppedOptimizer,
         loader: Loader,
         *,
         settings: LoopSettings,
@@ -123,7 +121,7 @@ class TrainingLoop:
         if last is None:
             raise FileNotFoundError(f"{self.checkpoints.folder}: no checkpoint to resume from")
         load_model_tensors(last, self.model)
-        self.optimizer.load_state_dict(load_part(last, "optimizer"))
+        load_optimizer_tensors(last, self.optimizer)
         state = load_state(last)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.stopping.load_state_dict(state["stopping"])
