@@ -208,9 +208,14 @@ class FeatureSubset(nn.Module):
             return values.index_select(1, self._features)
         return values[bags.per_id(self._is_chosen) > 0]
 
-    def left_out(self, bags: Bags) -> Tensor:
-        """1 for ids of the other features, 0 for the chosen ones: float32, (F, 1) or (N, 1) against rows."""
-        return bags.per_id(1 - self._is_chosen).to(torch.float32).unsqueeze(1)
+    def ones_where_left_out(self, factors_NW: Tensor, bags: Bags) -> Tensor:
+        """(N, W) factors that ``lookup`` found, 0 for ids of the other features, with these 0 turned into 1."""
+        if self.is_all:
+            return factors_NW
+        ones = bags.per_id(1 - self._is_chosen).to(factors_NW.dtype).unsqueeze(1)
+        if bags.single:
+            return (factors_NW.view(bags.batch_size, bags.num_features, -1) + ones).view(factors_NW.shape)
+        return factors_NW + ones
 
     def lookup(self, method: CompressedTables, index: int, slots: Sequence[Tensor], bags: Bags) -> list[Tensor]:
         """Rows at the slots of the chosen ids, and 0 for ids of the other features: (N, dim) for each table.

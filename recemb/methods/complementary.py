@@ -127,7 +127,10 @@ class Complementary(CompressedTables):
             return torch.cat(rows[0], dim=1) if len(rows[0]) > 1 else rows[0][0]
         vectors = rows[0][0]
         for factors in rows[1] if len(rows) > 1 else []:
-            vectors = vectors + factors if self._operation == "add" else vectors * self._ones_where_full(factors, bags)
+            if self._operation == "add":
+                vectors = vectors + factors
+            else:
+                vectors = vectors * self._composed.ones_where_left_out(factors, bags)
         return vectors
 
     def embed(self, bags: Bags) -> Tensor:
@@ -176,14 +179,6 @@ class Complementary(CompressedTables):
         if concatenates or len(stacks) == 1:
             return [stacks]
         return [stacks[:1], stacks[1:]]
-
-    def _ones_where_full(self, factors: Tensor, bags: Bags) -> Tensor:
-        if self._composed.is_all:
-            return factors
-        ones = self._composed.left_out(bags)
-        if bags.single:
-            return (factors.view(bags.batch_size, bags.num_features, -1) + ones).view(factors.shape)
-        return factors + ones
 
 
 def _part_width(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> int:
