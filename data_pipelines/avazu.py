@@ -114,16 +114,16 @@ class HourSplit:
         """As the raw source's."""
         return self.source.place(row)
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
+    def batches(self) -> Iterator[pa.Table]:
         """Its rows in order.
 
         Raises:
             ValueError: an hour that is not YYMMDDHH, with its place.
         """
         row = 0
-        for batch in self.source.batches():
-            columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-            encoded = columns.pop(RAW_HOUR)
+        for table in self.source.batches():
+            columns = dict(zip(table.column_names, table.columns, strict=True))
+            encoded = columns.pop(RAW_HOUR).combine_chunks()
             encoded = encoded if pa.types.is_dictionary(encoded.type) else encoded.dictionary_encode()
             indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
             hours, wrong = parse_hours([str(value) for value in encoded.dictionary.to_pylist()])
@@ -142,8 +142,8 @@ class HourSplit:
                 "is_weekend": pa.array((weekday >= 5).astype(np.int64)),
                 TIMESTAMP: pa.array(since_epoch * _SECONDS_PER_HOUR),
             }
-            yield pa.RecordBatch.from_pydict(columns)
-            row += batch.num_rows
+            yield pa.table(columns)
+            row += table.num_rows
 
 
 def parse_hours(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

@@ -8,6 +8,7 @@ Shapes: N rows of a chunk, L entries of all its lists.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 from data_pipelines import transforms
 from data_pipelines.hashing import hash_values
 from data_pipelines.schema import CategoricalColumn, LogSchema, NumericColumn
-from data_pipelines.sources import Source
+from data_pipelines.sources import Source, contiguous
 from data_pipelines.splitting import RowKeys
 from data_pipelines.vocabulary import ValueIndex
 from recemb.data.manifest import TRUE_PROBABILITY
@@ -38,19 +39,27 @@ _UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_
 
 @dataclass(frozen=True)
 class RawChunk:
-    """A batch and where it comes from.
+    """Some rows of a log and where they come from.
 
     Args:
         source: its file; file_number: from 0.
-        batch: its rows.
+        rows: a Table as the source gave it, a RecordBatch once contiguous.
         row_in_file, first_row: number of its first row in the file and in the whole log.
     """
 
     source: Source
     file_number: int
-    batch: pa.RecordBatch
+    rows: pa.Table | pa.RecordBatch
     row_in_file: int
     first_row: int
+
+    def column(self, name: str) -> pa.Array:
+        """(N,) one raw column of a contiguous chunk."""
+        return self.rows.column(name)
+
+    def contiguous(self) -> RawChunk:
+        """The same chunk with one array a column: done by workers, as text is dictionary-encoded on the way."""
+        return dataclasses.replace(self, rows=contiguous(self.rows))
 
     def place(self, row: int) -> str:
         """Where row ``row`` of the chunk is."""
@@ -110,11 +119,12 @@ class ChunkEncoder:
         Raises:
             ValueError: a value breaks its column's rule; with file, row group or line, row and column.
         """
+        chunk = chunk.contiguous()
         columns: dict[str, pa.Array] = {self.schema.label: self._label(chunk)}
         missing: Counter[str] = Counter()
         for column in self.schema.numeric:
             columns |= self._numeric(chunk, column)
-            missing[column.name] = chunk.batch.column(column.name).null_count
+            missing[column.name] = chunk.column(column.name).null_count
         for feature in self.schema.categorical:
             columns[feature.name] = self._categorical(chunk, feature)
         for name in self.schema.carried:
@@ -127,7 +137,7 @@ class ChunkEncoder:
         return Chunk(path, chunk.file_number, chunk.first_row, len(batch), missing)
 
     def _label(self, chunk: RawChunk) -> pa.Array:
-        column = chunk.batch.column(self.schema.label)
+        column = chunk.column(self.schema.label)
         values = transforms.to_float64(column)
         wrong = ~((values == 0) | (values == 1))
         if wrong.any():
@@ -138,7 +148,7 @@ class ChunkEncoder:
         return pa.array(values.astype(np.int8))
 
     def _numeric(self, chunk: RawChunk, column: NumericColumn) -> dict[str, pa.Array]:
-        raw = chunk.batch.column(column.name)
+        raw = chunk.column(column.name)
         values = transforms.to_float64(raw)
         row = transforms.first_not_finite(values, raw.is_null().to_numpy(zero_copy_only=False))
         if row is not None:
@@ -156,7 +166,7 @@ class ChunkEncoder:
         return encoded
 
     def _categorical(self, chunk: RawChunk, feature: CategoricalColumn) -> pa.Array:
-        column = chunk.batch.column(feature.name)
+        column = chunk.column(feature.name)
         if feature.kind == "single":
             return pa.array(self._ids(chunk, feature, column, None))
         offsets, entries = transforms.keep_latest(column, feature.max_length)
@@ -188,7 +198,7 @@ class ChunkEncoder:
         return np.asarray(values.cast(kind).to_numpy(zero_copy_only=False))
 
     def _carried(self, chunk: RawChunk, name: str) -> pa.Array:
-        column = chunk.batch.column(name)
+        column = chunk.column(name)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if pa.types.is_string_view(column.type) or pa.types.is_large_string(column.type):
@@ -216,12 +226,12 @@ class ChunkEncoder:
         """int64 moments, and days where the log has them."""
         schema, keys = self.schema, dict[str, npt.NDArray[np.int64]]()
         if schema.time is not None:
-            moments, per_day = _moments(chunk.batch.column(schema.time), schema.time_unit)
+            moments, per_day = _moments(chunk.column(schema.time), schema.time_unit)
             keys = {MOMENT: moments, DAY: moments // per_day}
         if schema.day is not None:
-            keys[DAY] = np.asarray(chunk.batch.column(schema.day).cast(pa.int64()).to_numpy(zero_copy_only=False))
+            keys[DAY] = np.asarray(chunk.column(schema.day).cast(pa.int64()).to_numpy(zero_copy_only=False))
             if schema.time is None:
-                rows = np.arange(chunk.first_row, chunk.first_row + chunk.batch.num_rows)
+                rows = np.arange(chunk.first_row, chunk.first_row + chunk.rows.num_rows)
                 keys[MOMENT] = (keys[DAY] << _ROW_BITS) + rows
         return {name: pa.array(values) for name, values in keys.items()}
 
@@ -238,11 +248,11 @@ def raw_chunks(sources: Sequence[Source]) -> Iterator[RawChunk]:
     first_row = 0
     for number, source in enumerate(sources):
         row_in_file = 0
-        for batch in source.batches():
-            if batch.num_rows:
-                yield RawChunk(source, number, batch, row_in_file, first_row)
-            row_in_file += batch.num_rows
-            first_row += batch.num_rows
+        for table in source.batches():
+            if table.num_rows:
+                yield RawChunk(source, number, table, row_in_file, first_row)
+            row_in_file += table.num_rows
+            first_row += table.num_rows
 
 
 def encode_chunks(

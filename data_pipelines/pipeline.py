@@ -133,7 +133,7 @@ def _vocabularies(
     vocabularies = {}
     for table in list(counts):
         # Popped, so that a table's texts and hash table are freed before the next one is ranked.
-        ranked = rank(encoder.indices.pop(table).values(), counts.pop(table), min_counts[table])
+        ranked = rank(encoder.indices.pop(table), counts.pop(table), min_counts[table])
         ranked.save(root / VOCABULARY_FOLDER / f"{table}.parquet")
         vocabularies[table] = ranked.without_values()
     logger.info("%d ids in %d vocabularies", sum(map(len, vocabularies.values())), len(vocabularies))

@@ -13,6 +13,7 @@ Shapes: N rows, V distinct values of a table (with missing), K ids.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class ValueIndex:
         # Polars forgets a mapping that no column refers to; this one keeps it.
         self._anchor = pl.Series([], dtype=pl.Categorical(self._categories))
         self._value_type: pa.DataType | None = None
+        self._largest = _MISSING
+        self._lock = threading.Lock()
 
     def provisional_ids(self, column: pa.Array) -> Ids:
         """(N,) strings, integers or dictionaries of them -> (N,) int32.
@@ -54,17 +57,16 @@ class ValueIndex:
         self._check_type(values.type)
         texts = pl.Series(values=values.cast(pa.large_string()), dtype=pl.String)
         known = texts.cast(pl.Categorical(self._categories)).to_physical().fill_null(0).to_numpy()
-        if len(known) and int(known.max()) >= _LARGEST_PROVISIONAL:
+        largest = int(known.max()) + 1 if len(known) else _MISSING
+        if largest > _LARGEST_PROVISIONAL:
             raise ValueError(f"more than {_LARGEST_PROVISIONAL} distinct values; use encoding 'hash' for such a column")
+        with self._lock:
+            self._largest = max(self._largest, largest)
         # A missing value's index is -1, which picks the last entry.
         lookup = np.append(known.astype(np.int32) + 1, np.int32(_MISSING))
         if values.null_count:
             lookup[:-1][values.is_null().to_numpy(zero_copy_only=False)] = _MISSING
         return lookup[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
-
-    def __len__(self) -> int:
-        """V, with the missing value."""
-        return len(self._categories.to_series()) + 1
 
     def _check_type(self, found: pa.DataType) -> None:
         kind = pa.uint64() if pa.types.is_uint64(found) else pa.int64() if pa.types.is_integer(found) else pa.string()
@@ -72,11 +74,17 @@ class ValueIndex:
         if known != kind:
             raise ValueError(f"values of one table must be all {known} or all {kind}, got both")
 
-    def values(self) -> pa.Array:
-        """(V,) raw values by provisional id; the first is null, the missing value."""
-        texts = self._categories.to_series().cast(pl.String).to_arrow().cast(pa.string())
-        kind = self._value_type or pa.string()
-        return pa.concat_arrays([pa.nulls(1, kind), texts.cast(kind)])
+    def __len__(self) -> int:
+        """V, with the missing value."""
+        return self._largest + 1
+
+    def values(self, provisional: Ids) -> pa.Array:
+        """(K,) provisional ids -> (K,) raw values. Only these texts are copied out of the hash table."""
+        known = pl.Series(values=provisional[provisional != _MISSING] - 1, dtype=pl.UInt32)
+        texts = known.cat.to(pl.Categorical(self._categories)).cast(pl.String).to_arrow()
+        typed = texts.cast(pa.string()).cast(self._value_type or pa.string())
+        places = np.cumsum(provisional != _MISSING) - 1
+        return typed.take(pa.array(places, mask=provisional == _MISSING))
 
 
 class TrainCounter:
@@ -128,22 +136,22 @@ class Vocabulary:
         return dataclasses.replace(self, values=None)
 
 
-def rank(values: pa.Array, counts: Counts, min_count: int) -> Vocabulary:
-    """Give final ids to (V,) values counted in train (first of them: missing).
+def rank(index: ValueIndex, counts: Counts, min_count: int) -> Vocabulary:
+    """Give final ids to the values of ``index``, whose (V,) counts in train are known.
 
     A value seen at least ``min_count`` times in train gets an id of its own, in order of descending count, then value
     (missing first, text by bytes, integers by size). Everything else is id 0.
     """
-    frame = pl.DataFrame(
-        {"provisional": np.arange(len(counts)), "count": counts, "value": pl.Series(values=values)}
-    ).filter(pl.col("count") >= max(min_count, 1))
+    kept = np.flatnonzero(counts >= max(min_count, 1)).astype(np.int32)
+    values = index.values(kept)
+    frame = pl.DataFrame({"count": counts[kept], "value": pl.Series(values=values)}).with_row_index("position")
     frame = frame.sort(["count", "value"], descending=[True, False], nulls_last=False)
-    kept = frame["provisional"].to_numpy()
+    order = frame["position"].to_numpy()
     remap = np.full(len(counts), OUT_OF_VOCABULARY, np.int32)
-    remap[kept] = np.arange(1, len(kept) + 1, dtype=np.int32)
+    remap[kept[order]] = np.arange(1, len(kept) + 1, dtype=np.int32)
     known = frame["count"].to_numpy()
     return Vocabulary(
-        values=pa.concat_arrays([pa.nulls(1, values.type), values.take(pa.array(kept))]),
+        values=pa.concat_arrays([pa.nulls(1, values.type), values.take(pa.array(order))]),
         train_counts=np.concatenate([[counts.sum() - known.sum()], known]).astype(np.int64),
         remap=remap,
     )
