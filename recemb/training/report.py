@@ -1,0 +1,116 @@
+"""``report.md`` and its plots: a finished run for people, written from what programs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recemb.evaluation.evaluator import Evaluation
+from recemb.evaluation.plots import reliability_plot
+from recemb.files import write_atomically
+from recemb.memory import MemoryReport
+from recemb.training.metrics_log import read_metrics
+from recemb.training.plots import loss_plot, table_bytes_plot
+from recemb.training.progress import duration
+
+# Physical tables listed in the report; memory.json has all.
+_MOST_TABLES = 40
+
+
+def summary_table(results: Mapping[str, Any]) -> str:
+    """The figures of a run that people ask for first, one a line."""
+    test, embedding, train = results["test"], results["embedding"], results["train"]
+    optimum = results["data"].get("optimum", {})
+    rows = [
+        ("test AUC", f"{test['auc']:.5f}", f"best possible {optimum['auc']:.5f}" if optimum else ""),
+        ("test log loss", f"{test['logloss']:.5f}", f"best possible {optimum['logloss']:.5f}" if optimum else ""),
+        ("embedding bytes", f"{embedding['bytes']:,}", embedding["method"]),
+        ("bytes of full tables", f"{embedding['full_bytes']:,}", ""),
+        ("ratio", f"{embedding['ratio']:.2f}x", ""),
+        ("samples/s", f"{train['samples_per_second']:,.0f}", f"{train['samples']:,} samples"),
+        ("data", results["data"]["source"], results["data"]["path"]),
+        ("run", results["run"], ""),
+    ]
+    names = max(len(name) for name, _, _ in rows)
+    # The last line's path would push the remarks of the others off the screen.
+    values = max(len(value) for _, value, remark in rows if remark or value != results["run"])
+    return "\n".join(f"{name:<{names}}  {value:>{values}}  {remark}".rstrip() for name, value, remark in rows)
+
+
+def write_report(folder: Path, results: Mapping[str, Any], evaluation: Evaluation, memory: MemoryReport) -> None:
+    """Write ``loss.png``, ``table_bytes.png``, ``reliability.png`` and ``report.md`` into ``folder``."""
+    lines = read_metrics(folder)
+    loss_plot(lines, folder / "loss.png")
+    table_bytes_plot(memory, folder / "table_bytes.png")
+    reliability_plot(
+        evaluation, folder / "reliability.png", title=f"Reliability: {results['data']['source']}, test split"
+    )
+    parts = [
+        _title(results),
+        _warning(results),
+        f"```\n{summary_table(results)}\n```",
+        "## Test split\n\nLooked at once, with the weights of the best validation.\n\n```\n"
+        + evaluation.table()
+        + "\n```",
+        "![reliability](reliability.png)",
+        _training(results, lines),
+        "![loss](loss.png)",
+        _memory(memory),
+        "![bytes per table](table_bytes.png)",
+        "## Again\n\n`config.yaml` is the whole config, `environment.json` the command, packages and machine, "
+        "`metrics.jsonl` every logged step. Other metrics of this model:\n\n"
+        f"```\npython -m recemb.evaluate checkpoint={results['run']}\n```",
+    ]
+    write_atomically(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    embedding = results["embedding"]
+    return f"# {embedding['method']} at {embedding['ratio']:.1f}x, test AUC {results['test']['auc']:.5f}"
+
+
+def _warning(results: Mapping[str, Any]) -> str:
+    if results["data"]["source"] != "synthetic":
+        return ""
+    return (
+        "**Trained on a synthetic log.** Its figures compare methods with each other and with the known optimum only."
+    )
+
+
+def _training(results: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
+    train, data = results["train"], results["data"]
+    ended = "early stopping ended it" if train["stopped_early"] else "it ran to its end"
+    text = (
+        f"## Training\n\n{train['steps']:,} steps, {train['samples']:,} samples ({train['epochs']:.2f} epochs of "
+        f"{data['rows']['train']:,} rows) in {duration(train['seconds'])} on {train['device']} ({train['precision']}); "
+        f"{ended}. {train['dense_parameters']:,} dense parameters. Seed {results['seed']}.\n\n"
+        "| step | validation AUC | validation log loss | |\n|---:|---:|---:|---|\n"
+    )
+    rows = [
+        f"| {line['step']:,} | {line['auc']:.5f} | {line['logloss']:.5f} | "
+        f"{'best' if line['step'] == results['validation']['best_step'] else ''} |"
+        for line in lines
+        if line["split"] == "validation"
+    ]
+    return text + "\n".join(rows)
+
+
+def _memory(memory: MemoryReport) -> str:
+    text = (
+        f"## Memory\n\n{memory.serving_bytes:,} bytes to serve: {memory.table_bytes:,} of tables, "
+        f"{memory.index_bytes:,} of maps and salts, {memory.dense_bytes:,} of the method's dense layers. "
+        f"Full tables would take {memory.full_bytes:,}. Training adds {memory.optimizer_bytes:,} of optimizer state."
+        "\n\n"
+        "| physical table | rows | dim | bytes |\n|---|---:|---:|---:|\n"
+    )
+    tables = sorted(memory.tables, key=lambda table: -table.bytes)
+    rows = [
+        f"| {table.name} | {table.num_embeddings:,} | {table.embedding_dim} | {table.bytes:,} |"
+        for table in tables[:_MOST_TABLES]
+    ]
+    if len(tables) > _MOST_TABLES:
+        rows.append(
+            f"| {len(tables) - _MOST_TABLES} smaller ones | | | {sum(t.bytes for t in tables[_MOST_TABLES:]):,} |"
+        )
+    return text + "\n".join(rows)

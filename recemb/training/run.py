@@ -1,0 +1,279 @@
+"""One run from end to end: data, model, training, the one look at the test split, results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from recemb.assembly import ModelInputs, build_model
+from recemb.checkpoint import load_model_tensors, load_state
+from recemb.config import TrainConfig, build_target
+from recemb.data.manifest import Manifest
+from recemb.data.parquet import ParquetLoader
+from recemb.data_source import open_data_set
+from recemb.evaluation import metrics
+from recemb.evaluation.evaluator import Evaluation, evaluate_predictions
+from recemb.evaluation.predictions import collect
+from recemb.files import write_json
+from recemb.preparation import prepare
+from recemb.run_folder import RESULTS_FILE, RunFolder, git_state
+from recemb.training.loop import LoopSettings, TrainingLoop
+from recemb.training.metrics_log import MetricsLog
+from recemb.training.progress import Progress
+from recemb.training.randomness import seed_everything
+from recemb.training.report import write_report
+from recemb.training.schedule import LearningRateSchedule
+from recemb.training.stopping import EarlyStopping
+
+logger = logging.getLogger(__name__)
+
+# Rows: large enough to keep a GPU busy, small enough that a batch's activations are some ten megabytes.
+EVALUATION_BATCH_SIZE = 16_384
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The data set and a loader of each split, opened before anything is trained: a broken file is found at once."""
+
+    manifest: Manifest
+    train: ParquetLoader
+    validation: ParquetLoader
+    test: ParquetLoader
+
+
+def train(content: Mapping[str, Any], *, continues: bool = False) -> dict[str, Any]:
+    """Train, evaluate and report into ``paths.run``.
+
+    Args:
+        content: ``configs/train.yaml`` as a plain dict, resolved.
+        continues: go on with the run in ``paths.run``, whose config this is.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        ValueError, OSError: bad config, data, budget; NaN loss; full disk. See the parts.
+    """
+    config = TrainConfig.parse(content)
+    folder = RunFolder(Path(config.paths.run))
+    with folder.locked():
+        if not continues:
+            folder.begin(content)
+        elif (results := folder.results()) is not None:
+            logger.info("%s: the run is finished", folder.path)
+            return results
+        return _Run(config, content, folder).to_the_end()
+
+
+class _Run:
+    """The parts of a run, in the order they are made."""
+
+    def __init__(self, config: TrainConfig, content: Mapping[str, Any], folder: RunFolder) -> None:
+        trainer = config.trainer
+        if trainer.threads is not None:
+            torch.set_num_threads(trainer.threads)
+        self.config = config
+        self.folder = folder
+        self.device = _device(trainer.device)
+        self.data = _open(config, _started_on(folder))
+        # After the data, whose preparation may draw numbers of its own or, when it is there already, none.
+        seed_everything(config.seed)
+        inputs = ModelInputs.of(self.data.manifest)
+        embedding_optimizer = build_target(config.optimizer.embedding)
+        model, self.memory = build_model(config.embedding, config.model, inputs, embedding_optimizer)
+        self.model, optimizer = prepare(
+            model, embedding_optimizer, build_target(config.optimizer.dense), device=self.device
+        )
+        if trainer.compile:
+            _compile_dense_part(self.model)
+        total_steps = trainer.epochs * len(self.data.train)
+        if trainer.max_steps is not None:
+            total_steps = min(total_steps, trainer.max_steps)
+        self.stopping = EarlyStopping(
+            metric=trainer.stopping.metric, patience=trainer.stopping.patience, min_delta=trainer.stopping.min_delta
+        )
+        self.loop = TrainingLoop(
+            self.model,
+            optimizer,
+            self.data.train,
+            settings=LoopSettings(
+                total_steps=total_steps,
+                batch_size=trainer.batch_size,
+                precision=trainer.precision,
+                log_every_steps=trainer.log_every_steps,
+                validate_every_steps=trainer.validate_every_steps,
+                checkpoint_every_steps=trainer.checkpoint_every_steps,
+            ),
+            schedule=LearningRateSchedule(
+                total_steps=total_steps,
+                warmup_steps=trainer.schedule.warmup_steps,
+                decay=trainer.schedule.decay,
+                decay_start_step=trainer.schedule.decay_start_step,
+                final_factor=trainer.schedule.final_factor,
+            ),
+            stopping=self.stopping,
+            validate=self._validate,
+            checkpoints=folder.checkpoints,
+            device=self.device,
+            # Makes every checkpoint complete: a model can be built from it alone.
+            description={
+                "config": dict(content),
+                "inputs": inputs.to_dict(),
+                "data": str(self.data.manifest.root.resolve()),
+            },
+        )
+
+    def to_the_end(self) -> dict[str, Any]:
+        """Train, restore the best checkpoint, look at the test split once, write everything."""
+        logger.info(
+            "training on %s (%s rows), %s: %s bytes of tables instead of %s",
+            self.data.manifest.root,
+            f"{self.data.train.num_rows:,}",
+            self.config.embedding.method_name,
+            f"{self.memory.serving_bytes:,}",
+            f"{self.memory.full_bytes:,}",
+        )
+        loop = self.loop
+        if self.folder.checkpoints.last is not None:
+            loop.resume()
+        total = min(loop.settings.total_steps * self.config.trainer.batch_size, self._epoch_rows())
+        with (
+            MetricsLog(self.folder.path, resume_step=loop.step) as log,
+            Progress(total, done_samples=loop.samples) as progress,
+        ):
+            loop.run(log, progress)
+        best = self.folder.checkpoints.best
+        assert best is not None, "every training ends with a validation"
+        load_model_tensors(best, self.model)
+        users = self.data.manifest.user
+        evaluation = evaluate_predictions(collect(self.model, self.data.test, device=self.device), user_column=users)
+        results = self._results(evaluation)
+        write_json(self.folder.path / "memory.json", self.memory.to_dict())
+        write_report(self.folder.path, results, evaluation, self.memory)
+        write_json(self.folder.path / RESULTS_FILE, results)
+        return results
+
+    def _validate(self) -> dict[str, float]:
+        predictions = collect(self.model, self.data.validation, device=self.device)
+        return {
+            "auc": metrics.auc(predictions.labels, predictions.scores),
+            "logloss": metrics.mean(predictions.losses()),
+        }
+
+    def _epoch_rows(self) -> int:
+        return self.config.trainer.epochs * self.data.train.num_rows
+
+    def _results(self, evaluation: Evaluation) -> dict[str, Any]:
+        manifest, loop = self.data.manifest, self.loop
+        test = evaluation.to_dict()
+        # In reliability.png; here it would hide the figures among 200 lines of bins.
+        del test["reliability"]
+        return {
+            "task_name": self.config.task_name,
+            "seed": self.config.seed,
+            "run": str(self.folder.path),
+            "test": test,
+            "validation": {
+                "best_step": self.stopping.best_step,
+                self.stopping.metric: self.stopping.best_value,
+                "rows": self.data.validation.num_rows,
+            },
+            "embedding": {
+                "method": self.config.embedding.method_name,
+                "options": {key: value for key, value in self.config.embedding.method.items() if key[0] != "_"},
+                "dim": self.config.embedding.embedding_dim,
+                "budget": self.config.embedding.budget,
+                "bytes": self.memory.serving_bytes,
+                "full_bytes": self.memory.full_bytes,
+                "ratio": self.memory.ratio,
+                "optimizer_bytes": self.memory.optimizer_bytes,
+            },
+            "train": {
+                "samples": loop.samples,
+                "samples_per_second": loop.samples / loop.seconds,
+                "seconds": loop.seconds,
+                "steps": loop.step,
+                "epochs": loop.step / len(self.data.train),
+                "stopped_early": self.stopping.should_stop,
+                "device": str(self.device),
+                "precision": self.config.trainer.precision,
+                "dense_parameters": _dense_parameters(self.model),
+            },
+            "data": _data_results(manifest),
+            "git": git_state(),
+        }
+
+
+def _open(config: TrainConfig, started_on: str | None) -> _Data:
+    if started_on is None:
+        manifest = open_data_set(config.data)
+    else:
+        # Not data.path: what lies there now need not be what the run started on.
+        manifest = Manifest.load(started_on)
+        manifest.verify(checksums=config.data.verify_checksums)
+    for name in ("validation", "test"):
+        if manifest.split(name).rows == 0:
+            raise ValueError(f"{manifest.root}: split {name!r} has no rows; early stopping and results need both")
+    extra = [manifest.user] if manifest.user is not None else []
+    return _Data(
+        manifest,
+        ParquetLoader(
+            manifest,
+            "train",
+            batch_size=config.trainer.batch_size,
+            shuffle=config.data.shuffle,
+            seed=config.seed,
+        ),
+        ParquetLoader(manifest, "validation", batch_size=EVALUATION_BATCH_SIZE),
+        ParquetLoader(manifest, "test", batch_size=EVALUATION_BATCH_SIZE, extra_columns=extra),
+    )
+
+
+def _started_on(folder: RunFolder) -> str | None:
+    """Data set of the run being continued, None for one that has no checkpoint."""
+    last = folder.checkpoints.last
+    return None if last is None else str(load_state(last)["run"]["data"])
+
+
+def _data_results(manifest: Manifest) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "source": manifest.source,
+        "path": str(manifest.root.resolve()),
+        "rows": {name: split.rows for name, split in manifest.splits.items()},
+        "numeric_features": len(manifest.numeric),
+        "categorical_features": len(manifest.categorical),
+    }
+    if manifest.optimum is not None:
+        content["optimum"] = dict(manifest.optimum)
+    return content
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"trainer.device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"trainer.device={name}: this torch sees no CUDA device; use trainer.device=auto or cpu")
+    return device
+
+
+def _compile_dense_part(model: nn.Module) -> None:
+    head = getattr(model, "head", None)
+    if not isinstance(head, nn.Module):
+        raise ValueError(f"trainer.compile compiles model.head, and {type(model).__name__} has none; set it to false")
+    head.compile()
+
+
+def _dense_parameters(model: nn.Module) -> int:
+    """Numbers trained outside the tables and their methods."""
+    embeddings = {id(parameter) for parameter in getattr(model, "embeddings", nn.Module()).parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in embeddings)
