@@ -1,0 +1,39 @@
+"""Distinct keys of a batch against numpy's, and the gradient of their expansion against autograd's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recemb.distinct import Distinct
+
+
+# 2**62 leaves no bits to pack a position beside the key.
+@pytest.mark.parametrize("num_keys", [50, 2**40, 2**62], ids=["few", "packed", "unpacked"])
+@given(data=st.data())
+def test_distinct_keys_equal_numpys(num_keys: int, data: st.DataObject) -> None:
+    keys = data.draw(st.lists(st.integers(0, min(num_keys - 1, 60)), max_size=40))
+    keys = [num_keys - 1 - key if key % 2 else key for key in keys]
+    found = Distinct.of(torch.tensor(keys, dtype=torch.int64), num_keys)
+    expected, inverse, counts = np.unique(np.array(keys, dtype=np.int64), return_inverse=True, return_counts=True)
+    assert found.keys.tolist() == expected.tolist()
+    assert found.inverse.tolist() == inverse.tolist()
+    assert found.counts.tolist() == counts.tolist()
+    assert found.order.tolist() == np.argsort(inverse, kind="stable").tolist()
+
+
+def test_gradients_of_repeated_keys_are_summed() -> None:
+    found = Distinct.of(torch.tensor([7, 3, 7, 9, 3, 7]), 10)
+    vectors = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(found.expand(vectors), vectors[torch.tensor([1, 0, 1, 2, 0, 1])])
+    assert torch.autograd.gradcheck(found.expand, [vectors])
+
+
+def test_no_keys_have_no_vectors() -> None:
+    found = Distinct.of(torch.zeros(0, dtype=torch.int64), 10)
+    vectors = torch.zeros(0, 4, requires_grad=True)
+    found.expand(vectors).sum().backward()
+    assert vectors.grad is not None and vectors.grad.shape == (0, 4)
