@@ -136,7 +136,7 @@ class WindowReader:
         if column.role == "extra":
             return
         for array, read in zip(arrays, reads, strict=True):
-            check_values(column, array.to_numpy(), _locator(read, column.name))
+            check_values(column, _values(array), _locator(read, column.name))
         rows = _order_rows(order)
         if column.role == "label":
             target = buffers.labels_R[:rows]
@@ -173,7 +173,7 @@ def _store_bags(
     values: list[np.ndarray] = []
     entries = 0
     for array, read in zip(arrays, reads, strict=True):
-        offsets = array.offsets.to_numpy().astype(np.int64)
+        offsets = _values(array.offsets).astype(np.int64)
         locate = _locator(read, column.name)
         ids = array.values.slice(offsets[0], offsets[-1] - offsets[0])
         offsets -= offsets[0]
@@ -181,7 +181,7 @@ def _store_bags(
             entry = int(np.argmax(ids.is_null().to_numpy(zero_copy_only=False)))
             row = int(np.searchsorted(offsets[:-1], entry, side="right")) - 1
             raise ValueError(f"{locate(row)}, entry {entry - offsets[row]}: must not be null, got null; {ADVICE}")
-        ids_L = ids.to_numpy()
+        ids_L = _values(ids)
         check_list_ids(column, ids_L, offsets[:-1], locate)
         starts.append(offsets[:-1] + entries)
         ends.append(offsets[1:] + entries)
@@ -225,9 +225,14 @@ def _order_rows(order: Order) -> int:
     return order.stop - order.start if isinstance(order, slice) else len(order)
 
 
+def _values(array: pa.Array) -> np.ndarray:
+    """The numbers of an array without nulls, not copied. Array.to_numpy would import pandas, 40 MB, for nothing."""
+    return np.from_dlpack(array)
+
+
 def _put(values: pa.Array, order: Order, out_R: np.ndarray) -> None:
     """Write fixed-width values into ``out_R`` in order."""
-    source_N = values.to_numpy()
+    source_N = _values(values)
     if isinstance(order, slice) or source_N.dtype != out_R.dtype:
         out_R[:] = source_N[order]
         return

@@ -6,6 +6,8 @@ computes metrics on every batch), Parquet read before the clock starts.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import requests
@@ -15,6 +17,7 @@ from protocol import (
     NUMERIC,
     EpochClock,
     cardinalities,
+    column,
     labels,
     parquet_file,
     parse_options,
@@ -33,9 +36,9 @@ from deepctr_torch.inputs import DenseFeat, SparseFeat  # noqa: E402
 from deepctr_torch.models import DeepFM  # noqa: E402
 
 
-def read(data: object, split: str) -> dict[str, np.ndarray]:
+def read(data: Path, split: str) -> dict[str, np.ndarray]:
     file = pq.ParquetFile(parquet_file(data, split))
-    return {name: file.read(columns=[name])[name].to_numpy() for name in [*CATEGORICAL, *NUMERIC]}
+    return {name: column(file.read(columns=[name], use_threads=False), name) for name in [*CATEGORICAL, *NUMERIC]}
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from protocol import (
     OVER_LAYERS,
     EpochClock,
     cardinalities,
+    column,
     labels,
     parquet_file,
     parse_options,
@@ -76,7 +77,7 @@ def write_npz(data: Path, split: str, scratch: Path) -> str:
     path = scratch / f"{split}.npz"
     if not path.exists():
         file = pq.ParquetFile(parquet_file(data, split))
-        columns = {n: file.read(columns=[n])[n].to_numpy() for n in [*NUMERIC, *CATEGORICAL, "label"]}
+        columns = {n: column(file.read(columns=[n], use_threads=False), n) for n in [*NUMERIC, *CATEGORICAL, "label"]}
         np.savez(path, **columns)
     return str(path)
 

@@ -14,7 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     OptimType,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
-from protocol import CATEGORICAL, EMBEDDING_DIM, EMBEDDING_LEARNING_RATE, NUMERIC, parquet_file
+from protocol import CATEGORICAL, EMBEDDING_DIM, EMBEDDING_LEARNING_RATE, NUMERIC, column, parquet_file
 from torch import Tensor
 
 
@@ -37,9 +37,9 @@ def stream(data: Path, split: str, batch_size: int) -> Iterator[tuple[Tensor, Te
     left: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
     for index in range(file.num_row_groups):
         group = file.read_row_group(index, columns=["label", *NUMERIC, *CATEGORICAL], use_threads=False)
-        numeric = np.stack([group[name].to_numpy() for name in NUMERIC], axis=1)
-        ids = np.stack([group[name].to_numpy() for name in CATEGORICAL]).astype(np.int64)
-        label = group["label"].to_numpy().astype(np.float32)
+        numeric = np.stack([column(group, name) for name in NUMERIC], axis=1)
+        ids = np.stack([column(group, name) for name in CATEGORICAL]).astype(np.int64)
+        label = column(group, "label").astype(np.float32)
         if left is not None:
             numeric = np.concatenate([left[0], numeric])
             ids = np.concatenate([left[1], ids], axis=1)
