@@ -6,7 +6,9 @@ versions of torch, fbgemm and TorchRec work together, and raises ImportError whe
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 from recemb.versions import require_supported_versions
 
@@ -14,3 +16,40 @@ from recemb.versions import require_supported_versions
 # imported before the module runs, and only the interpreter's own arguments tell.
 if "recemb.doctor" not in sys.orig_argv:
     require_supported_versions()
+
+if TYPE_CHECKING:
+    from recemb.budget import fit_to_budget as fit_to_budget
+    from recemb.budget import parse_budget as parse_budget
+    from recemb.collection import CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection
+    from recemb.collection import CompressedEmbeddingCollection as CompressedEmbeddingCollection
+    from recemb.compression import compress_ as compress_
+    from recemb.memory import MemoryReport as MemoryReport
+    from recemb.memory import estimate_memory as estimate_memory
+    from recemb.memory import measure_memory as measure_memory
+    from recemb.method import UNBOUNDED as UNBOUNDED
+    from recemb.method import CompressedTables as CompressedTables
+    from recemb.optimizers import EmbeddingOptimizer as EmbeddingOptimizer
+    from recemb.preparation import prepare as prepare
+
+# Public name -> where it lives; loaded on first use, because torch and TorchRec take seconds to import.
+_HOMES = {
+    "CompressedEmbeddingBagCollection": "recemb.collection",
+    "CompressedEmbeddingCollection": "recemb.collection",
+    "CompressedTables": "recemb.method",
+    "EmbeddingOptimizer": "recemb.optimizers",
+    "MemoryReport": "recemb.memory",
+    "UNBOUNDED": "recemb.method",
+    "compress_": "recemb.compression",
+    "estimate_memory": "recemb.memory",
+    "fit_to_budget": "recemb.budget",
+    "measure_memory": "recemb.memory",
+    "parse_budget": "recemb.budget",
+    "prepare": "recemb.preparation",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'recemb' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -14,7 +14,7 @@ from recemb.method import UNBOUNDED
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 from tests.embedding_cases import small_tables, table
 
 TABLES = [table("a", 1000, dim=16), table("b", 50, dim=16)]

@@ -19,7 +19,7 @@ from recemb.hashing import salt
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 from tests.embedding_cases import KEYS, MULTI_HOT, bags, small_tables, table
 from tests.test_hashing import plain_slot
 

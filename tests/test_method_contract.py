@@ -18,7 +18,7 @@ from recemb.collection import CompressedEmbeddingBagCollection, compressed_group
 from recemb.memory import estimate_memory, full_table_bytes, measure_memory
 from recemb.method import Method
 from recemb.optimizers import EmbeddingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 from tests.embedding_cases import (
     KEYS,
     MULTI_HOT,

@@ -17,7 +17,7 @@ from recemb.method import Method
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, embedding_configs, load_embedding_config, small_tables
 
 TABLES = [

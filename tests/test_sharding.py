@@ -22,7 +22,7 @@ from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.memory import full_table_bytes
 from recemb.method import Method
 from recemb.optimizers import EmbeddingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 from recemb.sharding import plan_shards
 from tests.embedding_cases import KEYS, bags, embedding_configs, load_embedding_config, small_tables
 

@@ -15,7 +15,7 @@ from recemb.hashing import salt
 from recemb.memory import estimate_memory, measure_memory
 from recemb.methods.memcom import Memcom
 from recemb.optimizers import EmbeddingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 from tests.embedding_cases import BIG, MULTI_HOT, SINGLE, bags, small_tables, table
 from tests.methods.plain import all_vectors, check_batch, group_of, rows_of
 from tests.test_hashing import plain_slot

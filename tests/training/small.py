@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from recemb.data.batch import Batch, keyed_one_id
 from recemb.models.dlrm import DLRM
 from recemb.optimizers import EmbeddingOptimizer, TrainingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 
 FEATURES = ("C1", "C2")
 NUM_EMBEDDINGS = 50

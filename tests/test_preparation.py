@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.fused import FusedTables
 from recemb.optimizers import EmbeddingOptimizer
-from recemb.prepare import prepare
+from recemb.preparation import prepare
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
 
 ADAM = partial(torch.optim.Adam, lr=1e-2)
