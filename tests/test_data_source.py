@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from data_pipelines import synthetic
+from recemb.config import DataConfig, SyntheticConfig
+from recemb.data_source import open_data_set
+from tests.data.encoded import write_encoded
+
+
+def config(tmp_path: Path, path: str | None, **changes) -> DataConfig:
+    values = {"allow_synthetic": True, "shuffle": True, "verify_checksums": False, **changes}
+    where = None if path is None else str(tmp_path / path)
+    return DataConfig(path=where, synthetic=SyntheticConfig(str(tmp_path / "made"), 2000, 5), **values)
+
+
+@pytest.fixture
+def prepared(monkeypatch) -> list[tuple]:
+    """Calls of the synthetic preparation, which is replaced by a small data set."""
+    calls: list[tuple] = []
+
+    def prepare(out, *, rows, seed):
+        calls.append((Path(out).name, rows, seed))
+        return write_encoded(Path(out), rows=300)
+
+    monkeypatch.setattr(synthetic, "prepare_synthetic", prepare)
+    return calls
+
+
+def test_a_prepared_log_is_taken(tmp_path, prepared):
+    manifest = write_encoded(tmp_path / "log", rows=300)
+    assert open_data_set(config(tmp_path, "log")) == manifest
+    assert not prepared
+
+
+def test_where_no_log_lies_a_synthetic_one_stands_in_and_one_loud_line_says_so(tmp_path, prepared, caplog):
+    with caplog.at_level(logging.WARNING):
+        manifest = open_data_set(config(tmp_path, "log"))
+    assert manifest.root == tmp_path / "made"
+    assert prepared == [("made", 2000, 5)]
+    assert len(caplog.records) == 1
+    assert f"NO LOG AT data.path={tmp_path / 'log'}: TRAINING ON A SYNTHETIC LOG of 2,000 rows" in caplog.text
+
+
+def test_asked_for_by_name_the_synthetic_log_is_nothing_to_be_loud_about(tmp_path, prepared, caplog):
+    open_data_set(config(tmp_path, None))
+    assert prepared and not caplog.records
+
+
+def test_absence_is_an_error_where_synthetic_is_not_allowed(tmp_path, prepared):
+    with pytest.raises(FileNotFoundError, match=r"log: no such folder, and data\.allow_synthetic is false"):
+        open_data_set(config(tmp_path, "log", allow_synthetic=False))
+    assert not prepared
+
+
+def test_a_raw_log_or_an_unfinished_preparation_is_never_replaced_by_a_synthetic_one(tmp_path, prepared):
+    (tmp_path / "day_0.tsv").write_text("0\t1\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "day_0.tsv").write_text("0\t1\n")
+    for name in ("day_0.tsv", "folder"):
+        with pytest.raises(FileNotFoundError, match=r"is no prepared data set .*data_pipelines\.criteo"):
+            open_data_set(config(tmp_path, name))
+    assert not prepared
+
+
+def test_files_are_verified_before_anything_is_trained(tmp_path):
+    manifest = write_encoded(tmp_path / "log", rows=300)
+    file = manifest.files("train")[0]
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    open_data_set(config(tmp_path, "log"))
+    with pytest.raises(ValueError, match="the content changed"):
+        open_data_set(config(tmp_path, "log", verify_checksums=True))
+    file.write_bytes(content[:-50])
+    with pytest.raises(ValueError, match="truncated or replaced"):
+        open_data_set(config(tmp_path, "log"))
