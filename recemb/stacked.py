@@ -35,7 +35,8 @@ class HashedRows(nn.Module):
         hashed: rows of each table that ids share; 0 is allowed where every id has a row of its own.
         hash_function: ``"universal"`` (salted 64-bit mixing: independent between tables and lookups) or ``"modulo"``
             (remainder of the id: no two of ``hashed_t`` consecutive ids collide, which evens out frequent ids).
-        lookup: number of the lookup, where a method takes several independent hashes of an id.
+        num_lookups: how many independent universal hashes of an id there are to choose from,
+        first_lookup: numbered from here on.
         seed: changes every universal hash at once.
         shared: all tables share the first table's rows instead of having their own.
     """
@@ -47,7 +48,8 @@ class HashedRows(nn.Module):
         hashed: Sequence[int],
         *,
         hash_function: str = "universal",
-        lookup: int = 0,
+        num_lookups: int = 1,
+        first_lookup: int = 0,
         seed: int = 0,
         shared: bool = False,
     ) -> None:
@@ -67,28 +69,29 @@ class HashedRows(nn.Module):
         self.own: Tensor | None
         self.register_buffer("own", per_feature(tables, own) if self._has_own else None)
         self.salts: Tensor | None
-        salts = per_feature(tables, [salt(table.name, lookup, seed) for table in tables])
-        self.register_buffer("salts", salts if self._is_universal else None)
+        salts = [
+            per_feature(tables, [salt(table.name, first_lookup + index, seed) for table in tables])
+            for index in range(num_lookups)
+        ]
+        self.register_buffer("salts", torch.stack(salts) if self._is_universal else None)
         self._prefixes: Tensor
         self.register_buffer("_prefixes", per_feature(tables, slot_prefixes(slots)), persistent=False)
         first_hashed = [start + count for start, count in zip(starts, own, strict=True)]
         self._first_hashed: Tensor
         self.register_buffer("_first_hashed", per_feature(tables, first_hashed), persistent=False)
 
-    def forward(self, bags: Bags) -> Tensor:
-        """Rows of ``bags.ids``, int64, same shape."""
-        return self._rows(bags.ids, features_of_ids(bags))
+    def forward(self, ids: Tensor, features: Tensor | None, lookup: int = 0) -> Tensor:
+        """Rows of ids, int64, same shape.
 
-    def rows_of_feature(self, feature: int, ids: Tensor) -> Tensor:
-        """Rows of (N,) ``ids`` of one feature."""
-        return self._rows(ids, torch.full_like(ids, feature))
-
-    def _rows(self, ids: Tensor, features: Tensor | None) -> Tensor:
+        Args:
+            ids: (B, F), or (N,) with
+            features: the (N,) feature of each id (see ``features_of_ids``).
+            lookup: which of the hashes.
+        """
         num_slots = at_features(self.num_slots, features)
         if self.salts is not None:
-            rows = hash_to_ranges(
-                ids, at_features(self.salts, features), num_slots, at_features(self._prefixes, features)
-            )
+            salts, prefixes = at_features(self.salts[lookup], features), at_features(self._prefixes, features)
+            rows = hash_to_ranges(ids, salts, num_slots, prefixes)
         else:
             rows = ids % num_slots
         rows += at_features(self._first_hashed, features)

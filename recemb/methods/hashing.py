@@ -21,6 +21,7 @@ from recemb.bags import Bags
 from recemb.method import UNBOUNDED, CompressedTables, full_table_variance
 from recemb.stacked import (
     HashedRows,
+    features_of_ids,
     first_rows,
     forward_linear,
     means_per_row,
@@ -92,7 +93,7 @@ class Hashing(CompressedTables):
         )
 
     def remap(self, bags: Bags) -> list[list[Tensor]]:
-        rows = self._rows(bags)
+        rows = self._rows(bags.ids, features_of_ids(bags))
         return [[rows if self._wraps_at is None else _shift_(rows, bags.per_id(self._shifts), self._wraps_at)]]
 
     def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
@@ -109,7 +110,7 @@ class Hashing(CompressedTables):
         for table in self.tables:
             if table.num_embeddings < UNBOUNDED:
                 ids = torch.arange(table.num_embeddings, device=weight.device)
-                rows = self._rows.rows_of_feature(feature, ids)
+                rows = self._rows(ids, torch.full_like(ids, feature))
                 slots.append(rows if self._wraps_at is None else _shift_(rows, self._shifts[feature], self._wraps_at))
                 values.append(full_tables[table.name].to(weight.device, torch.float32))
                 seeded.append(table.name)

@@ -84,9 +84,10 @@ class Memcom(CompressedTables):
 
     def remap(self, bags: Bags) -> list[list[Tensor]]:
         """As the base says, but the second group's slots are of the ids of hashed tables only."""
-        slots = [[self._rows(bags)]]
+        features = features_of_ids(bags)
+        slots = [[self._rows(bags.ids, features)]]
         if len(self.lookups) > 1:
-            slots.append([self._hashed.pick(self._numbers.slots(bags.ids, features_of_ids(bags)), bags)])
+            slots.append([self._hashed.pick(self._numbers.slots(bags.ids, features), bags)])
         return slots
 
     def embed(self, bags: Bags) -> Tensor:

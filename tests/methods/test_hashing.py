@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from recemb.bags import Bags
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from recemb.compression import compress_
 from recemb.hashing import salt
@@ -119,10 +120,11 @@ def test_ids_above_float32_integers_stay_apart() -> None:
 
 def test_other_seeds_collide_other_ids() -> None:
     tables = [table("a", 1000)]
+    features = bags(["a"], [[[i] for i in range(1000)]])
     rows = []
     for seed in (0, 1):
         method = Hashing(tables, num_embeddings=100, seed=seed)
-        rows.append(torch.unique(method._rows.rows_of_feature(0, torch.arange(1000)), return_inverse=True)[1])
+        rows.append(torch.unique(method.remap(Bags.of(features))[0][0], return_inverse=True)[1])
     assert not torch.equal(rows[0], rows[1])
 
 
