@@ -104,6 +104,8 @@ class ParquetLoader:
         # Batches of the epoch that were handed out.
         self._batch = 0
         self._iteration = 0
+        # Of the iterator that ended last: memory that is mapped already.
+        self._buffers: list[WindowBuffers] = []
 
     def __len__(self) -> int:
         """Batches of an epoch, equal on every rank."""
@@ -174,7 +176,10 @@ class ParquetLoader:
         def fill(buffers: WindowBuffers, window: Window) -> None:
             reader.fill(buffers, window, self._mix(epoch, window))
 
-        buffers = [WindowBuffers(self._layout, capacity) for _ in range(min(2, len(windows)))]
+        # Taken, so that an iterator begun before this one ended makes its own.
+        buffers, self._buffers = self._buffers, []
+        if len(buffers) != min(2, len(windows)) or any(buffer.capacity < capacity for buffer in buffers):
+            buffers = [WindowBuffers(self._layout, capacity) for _ in range(min(2, len(windows)))]
         stream = prefetched_windows(windows, buffers, fill)
         try:
             pieces: list[Rows] = []
@@ -193,6 +198,7 @@ class ParquetLoader:
         finally:
             stream.close()
             reader.close()
+            self._buffers = buffers
         self._check_current(iteration)
         self._epoch, self._batch = epoch + 1, 0
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from recemb.allocator import tune_allocators
 from recemb.assembly import ModelInputs, build_model
 from recemb.checkpoint import load_model_tensors, load_state
 from recemb.config import TrainConfig, build_target
@@ -140,6 +141,7 @@ class _Run:
             f"{self.memory.full_bytes:,}",
         )
         loop = self.loop
+        tune_allocators()
         if self.folder.checkpoints.last is not None:
             loop.resume()
         total = min(loop.settings.total_steps * self.config.trainer.batch_size, self._epoch_rows())
