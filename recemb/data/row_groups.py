@@ -62,7 +62,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         ValueError: not Parquet, or its footer cannot be read (a truncated file).
     """
     try:
-        return pq.ParquetFile(path)
+        # Without pre_buffer, which keeps the compressed pages of all columns that were read until the file is closed.
+        return pq.ParquetFile(path, pre_buffer=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: listed in {FILE_NAME}, not on disk") from error
     except (pa.ArrowInvalid, OSError) as error:
