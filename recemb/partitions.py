@@ -180,7 +180,8 @@ class PartitionRows(nn.Module):
         self.divisors: Tensor
         self.register_buffer("divisors", torch.stack([per_feature(tables, column) for column in divisors]))
         self.sizes: Tensor
-        self.register_buffer("sizes", torch.stack([per_feature(tables, column) for column in sizes]))
+        # A table without classes in a partition is never read there, but its ids are divided with the others'.
+        self.register_buffer("sizes", torch.stack([per_feature(tables, column).clamp(min=1) for column in sizes]))
         self.starts: Tensor
         starts = [per_feature(tables, first_rows(column)) for column in sizes]
         self.register_buffer("starts", torch.stack(starts))

@@ -171,10 +171,7 @@ class Complementary(CompressedTables):
         ]
         stacks = []
         for index in range(num_stacks):
-            rows = [
-                0 if is_full and index and not concatenates else partitions.sizes[index]
-                for partitions, is_full in zip(self.partitions, self.is_full, strict=True)
-            ]
+            rows = [partitions.sizes[index] for partitions in self.partitions]
             stacks.append(stacked_table(f"partition_{index}", rows, width, variances))
         if concatenates or len(stacks) == 1:
             return [stacks]
@@ -200,7 +197,7 @@ def _part_variance(table: EmbeddingBagConfig, num_partitions: int, operation: st
 
 def _full(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> Partitions:
     """A row an id: in every stack where rows are concatenated, else in the first."""
-    size = table.num_embeddings if operation == "concat" else 1
+    size = table.num_embeddings if operation == "concat" else 0
     return Partitions((1,) * num_partitions, (table.num_embeddings, *[size] * (num_partitions - 1)))
 
 

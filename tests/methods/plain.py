@@ -39,8 +39,9 @@ def check_batch(
         for key, feature in zip(KEYS, ids, strict=True)
     }
     means = [owners[key].pooling == PoolingType.MEAN for key in KEYS]
-    output = collection(bags(KEYS, ids)).values()
-    torch.testing.assert_close(output, pool_plainly(vectors, ids, means), rtol=1e-5, atol=1e-6)
+    output = collection(bags(KEYS, ids))
+    columns = torch.cat([output[key] for key in KEYS], dim=1)
+    torch.testing.assert_close(columns, pool_plainly(vectors, ids, means), rtol=1e-5, atol=1e-6)
 
 
 def all_vectors(collection: CompressedEmbeddingBagCollection, feature: str, num_ids: int) -> Tensor:

@@ -30,14 +30,10 @@ def plain_vector(method: Complementary, config: EmbeddingBagConfig, value: int) 
     t = [each.name for each in method.tables].index(config.name)
     concatenates = method._operation == "concat"
     rows = []
-    for index, code in enumerate(method.partitions[t].classes(value)):
-        start = sum(
-            before.sizes[index]
-            for before, full in zip(method.partitions[:t], method.is_full[:t], strict=True)
-            if concatenates or not index or not full
-        )
-        if concatenates or not index or not method.is_full[t]:
-            rows.append(part(method, index)[start + code])
+    for index, size in enumerate(method.partitions[t].sizes):
+        start = sum(before.sizes[index] for before in method.partitions[:t])
+        if size:
+            rows.append(part(method, index)[start + value // method.partitions[t].divisors[index] % size])
     if concatenates:
         return torch.cat(rows)
     return torch.stack(rows).prod(dim=0) if method._operation == "mult" else torch.stack(rows).sum(dim=0)
@@ -57,9 +53,11 @@ def test_vectors_equal_the_formula(
         num_partitions=num_partitions,
         operation=operation,
     )
-    collection = CompressedEmbeddingBagCollection(small_tables(24), method)
+    # The table that stays full comes first, so that the ranges of the others begin behind it.
+    collection = CompressedEmbeddingBagCollection(small_tables(24)[::-1], method)
     group = group_of(collection)
     assert isinstance(group, Complementary)
+    assert group.is_full[0] and (num_partitions == 1 or num_collisions == 1 or not group.is_full[1])
     check_batch(collection, partial(plain_vector, group), ids)
 
 
