@@ -12,7 +12,7 @@ A study is a folder with ``runs.yaml``:
     seeds: [1, 2, 3]
     runs: {full: [embedding=full], unified-10x: [embedding=unified, embedding.budget=10x]}
 
-Every (run, seed) is one process and one JSON in ``results/``, written once; a study that was killed goes on where it
+Every (run, seed) is one training and one JSON in ``results/``, written once; a study that was killed goes on where it
 was. The grid is tried with ``tune_seed`` and its test figures are never looked at: the setting with the best
 validation AUC is kept in ``results/tuning.json`` with all trials. The README's table stands between two marker lines.
 """
@@ -22,18 +22,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+
+from recemb.command_line import config_folder
 
 BEGIN, END = "<!-- table: written by experiments/run_study.py -->", "<!-- end of table -->"
 PACKAGES = ("torch", "torchrec", "numpy", "pyarrow")
@@ -71,12 +72,26 @@ class Study:
     def run(self, jobs: int, only: str) -> None:
         """Tune, then train every cell that has no result."""
         names = [name for name in self.runs if name.startswith(only)]
-        with ThreadPoolExecutor(jobs) as pool:
-            trials = [(name, setting) for name in names for setting in self._untried(name)]
-            for name, setting, outcome in pool.map(lambda trial: self._trial(*trial), trials):
-                self._keep_trial(name, setting, outcome)
-            cells = [(name, seed) for name in names for seed in self.seeds if not self._path(name, seed).exists()]
-            list(pool.map(lambda cell: self._cell(*cell), cells))
+        # One process a job for all its cells: imports would take longer than a small cell.
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            trials = {
+                pool.submit(train_once, self._overrides(name, setting, self.tune_seed)): (name, setting)
+                for name in names
+                for setting in self._untried(name)
+            }
+            for future in as_completed(trials):
+                self._keep_trial(*trials[future], future.result())
+            cells = {
+                pool.submit(train_once, self._overrides(name, self._best(name), seed)): (name, seed)
+                for name in names
+                for seed in self.seeds
+                if not self._path(name, seed).exists()
+            }
+            for future in as_completed(cells):
+                self._keep_cell(*cells[future], future.result())
+
+    def _overrides(self, name: str, setting: list[str], seed: int) -> list[str]:
+        return [*self.common, *self.runs[name], *setting, f"seed={seed}", *self.machine_overrides]
 
     def _settings(self) -> list[list[str]]:
         return [
@@ -92,45 +107,35 @@ class Study:
         tried = [trial["setting"] for trial in self._tuning().get(name, [])]
         return [setting for setting in self._settings() if setting and setting not in tried]
 
-    def _trial(self, name: str, setting: list[str]) -> tuple[str, list[str], float]:
-        result = self._train([*self.runs[name], *setting], self.tune_seed, f"{name} {' '.join(setting)}")
-        return name, setting, float(result["validation"]["auc"])
-
-    def _keep_trial(self, name: str, setting: list[str], outcome: float) -> None:
+    def _keep_trial(self, name: str, setting: list[str], result: dict[str, Any]) -> None:
+        if "refused" in result:
+            return
+        print(f"{name} {' '.join(setting)}: validation AUC {result['validation']['auc']:.4f}", flush=True)
+        trial = {"setting": setting, "seed": self.tune_seed, "validation_auc": result["validation"]["auc"]}
         tuning = self._tuning()
-        tuning.setdefault(name, []).append({"setting": setting, "seed": self.tune_seed, "validation_auc": outcome})
+        tuning[name] = sorted([*tuning.get(name, []), trial], key=lambda kept: kept["setting"])
         _write(self.results / "tuning.json", tuning)
 
     def _best(self, name: str) -> list[str]:
         trials = self._tuning().get(name, [])
         return max(trials, key=lambda trial: trial["validation_auc"])["setting"] if trials else []
 
-    def _cell(self, name: str, seed: int) -> None:
-        overrides = [*self.runs[name], *self._best(name)]
-        result = self._train(overrides, seed, f"{name} seed {seed}")
-        result.pop("run")
-        result["data"].pop("path")
+    def _keep_cell(self, name: str, seed: int, result: dict[str, Any]) -> None:
+        if "refused" in result:
+            print(f"{name}: {result['refused']}", flush=True)
+        else:
+            print(f"{name} seed {seed}: test AUC {result['test']['auc']:.4f}", flush=True)
+            result.pop("run")
+            result["data"].pop("path")
         cell = {
             "study": self.folder.name,
             "name": name,
-            "overrides": [*self.common, *overrides],
+            "overrides": [*self.common, *self.runs[name], *self._best(name)],
             "tuning_trials": len(self._tuning().get(name, [])),
             "versions": {package: version(package) for package in PACKAGES},
             **result,
         }
         _write(self._path(name, seed), cell)
-
-    def _train(self, overrides: list[str], seed: int, label: str) -> dict[str, Any]:
-        print(label, flush=True)
-        with tempfile.TemporaryDirectory() as run:
-            command = [sys.executable, "-m", "recemb.train", *self.common, *overrides, *self.machine_overrides]
-            command += [f"seed={seed}", f"paths.run={run}/run"]
-            outcome = subprocess.run(
-                command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-            )
-            if outcome.returncode:
-                raise SystemExit(f"{label}: {' '.join(command)} failed:\n{outcome.stderr[-4000:]}")
-            return json.loads((Path(run) / "run" / "results.json").read_text())
 
     def _path(self, name: str, seed: int) -> Path:
         return self.results / f"{name}-seed{seed}.json"
@@ -158,7 +163,25 @@ class Study:
         return "\n".join(lines)
 
 
+def train_once(overrides: list[str]) -> dict[str, Any]:
+    """results.json of ``python -m recemb.train OVERRIDES``, in a folder that is thrown away."""
+    from recemb.training.run import train
+
+    with tempfile.TemporaryDirectory() as folder, initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config = compose("train", [*overrides, f"paths.run={folder}/run"])
+        content: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+        try:
+            return train(content)
+        except ValueError as error:
+            # A budget below what a method can reach is a finding of the study, not a failure of it.
+            if "budget" not in str(error):
+                raise
+            return {"refused": str(error)}
+
+
 def _row(name: str, cells: list[dict[str, Any]], setting: list[str]) -> str:
+    if "refused" in cells[0]:
+        return f"| {name} | {cells[0]['refused']} | - | - | - | - | - | - | - |"
     optima = [cell["data"]["optimum"]["auc"] for cell in cells if cell["data"].get("optimum")]
     embedding = cells[0]["embedding"]
     short = ", ".join(text.split(".")[-1].replace("learning_rate", "rate") for text in setting) or "-"
