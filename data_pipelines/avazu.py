@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,10 @@ from data_pipelines.command import (
     run_command,
     split_rule,
 )
+from data_pipelines.delimited import DelimitedFile
 from data_pipelines.pipeline import prepare_log
 from data_pipelines.schema import CategoricalColumn, LogSchema, Requirement
-from data_pipelines.sources import DelimitedFile, ParquetFile, Source, is_parquet
+from data_pipelines.sources import LazyBatch, ParquetFile, RowError, Source, is_parquet
 from data_pipelines.splitting import SplitRule
 from recemb.data.manifest import Manifest
 
@@ -114,36 +116,37 @@ class HourSplit:
         """As the raw source's."""
         return self.source.place(row)
 
-    def batches(self) -> Iterator[pa.Table]:
-        """Its rows in order.
+    def batches(self) -> Iterator[LazyBatch]:
+        """Its rows in order."""
+        return (partial(split_hours, load) for load in self.source.batches())
 
-        Raises:
-            ValueError: an hour that is not YYMMDDHH, with its place.
-        """
-        row = 0
-        for table in self.source.batches():
-            columns = dict(zip(table.column_names, table.columns, strict=True))
-            encoded = columns.pop(RAW_HOUR).combine_chunks()
-            encoded = encoded if pa.types.is_dictionary(encoded.type) else encoded.dictionary_encode()
-            indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-            hours, wrong = parse_hours([str(value) for value in encoded.dictionary.to_pylist()])
-            faulty = np.append(wrong, True)[indices]
-            if faulty.any():
-                first = int(faulty.argmax())
-                raise ValueError(
-                    f"{self.place(row + first)}, column {RAW_HOUR!r}: YYMMDDHH is required, got "
-                    f"{encoded[first].as_py()!r}"
-                )
-            since_epoch = hours[indices]
-            weekday = (since_epoch // 24 + 3) % 7  # 1970-01-01 was a Thursday.
-            columns |= {
-                "hour": pa.array(since_epoch % 24),
-                "weekday": pa.array(weekday),
-                "is_weekend": pa.array((weekday >= 5).astype(np.int64)),
-                TIMESTAMP: pa.array(since_epoch * _SECONDS_PER_HOUR),
-            }
-            yield pa.table(columns)
-            row += table.num_rows
+
+def split_hours(load: LazyBatch) -> pa.Table:
+    """Raw rows -> the same with RAW_HOUR replaced by TIME_FEATURES and TIMESTAMP.
+
+    Raises:
+        RowError: an hour that is not YYMMDDHH.
+    """
+    table = load()
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    encoded = columns.pop(RAW_HOUR).combine_chunks()
+    encoded = encoded if pa.types.is_dictionary(encoded.type) else encoded.dictionary_encode()
+    indices = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    hours, wrong = parse_hours([str(value) for value in encoded.dictionary.to_pylist()])
+    # A missing hour's index is -1, which picks the last entry.
+    faulty = np.append(wrong, True)[indices]
+    if faulty.any():
+        first = int(faulty.argmax())
+        raise RowError(first, f"column {RAW_HOUR!r}: YYMMDDHH is required, got {encoded[first].as_py()!r}")
+    since_epoch = hours[indices]
+    weekday = (since_epoch // 24 + 3) % 7  # 1970-01-01 was a Thursday.
+    columns |= {
+        "hour": pa.array(since_epoch % 24),
+        "weekday": pa.array(weekday),
+        "is_weekend": pa.array((weekday >= 5).astype(np.int64)),
+        TIMESTAMP: pa.array(since_epoch * _SECONDS_PER_HOUR),
+    }
+    return pa.table(columns)
 
 
 def parse_hours(texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:

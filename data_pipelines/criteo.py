@@ -30,9 +30,10 @@ from data_pipelines.command import (
     run_command,
     split_rule,
 )
+from data_pipelines.delimited import DelimitedFile
 from data_pipelines.pipeline import prepare_log
 from data_pipelines.schema import CategoricalColumn, Encoding, LogSchema, NumericColumn, Transform
-from data_pipelines.sources import DelimitedFile, ParquetFile, Source, check_days_ascend, is_parquet
+from data_pipelines.sources import ParquetFile, Source, check_days_ascend, is_parquet
 from data_pipelines.splitting import SplitRule
 from recemb.data.manifest import TRUE_PROBABILITY, Manifest
 

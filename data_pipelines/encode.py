@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from data_pipelines import transforms
 from data_pipelines.hashing import hash_values
 from data_pipelines.schema import CategoricalColumn, LogSchema, NumericColumn
-from data_pipelines.sources import Source, contiguous
+from data_pipelines.sources import LazyBatch, RowError, Source, contiguous
 from data_pipelines.splitting import RowKeys
 from data_pipelines.vocabulary import ValueIndex
 from recemb.data.manifest import TRUE_PROBABILITY
@@ -38,50 +38,22 @@ _UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_
 
 
 @dataclass(frozen=True)
-class RawChunk:
-    """Some rows of a log and where they come from.
-
-    Args:
-        source: its file; file_number: from 0.
-        rows: a Table as the source gave it, a RecordBatch once contiguous.
-        row_in_file, first_row: number of its first row in the file and in the whole log.
-    """
-
-    source: Source
-    file_number: int
-    rows: pa.Table | pa.RecordBatch
-    row_in_file: int
-    first_row: int
-
-    def column(self, name: str) -> pa.Array:
-        """(N,) one raw column of a contiguous chunk."""
-        return self.rows.column(name)
-
-    def contiguous(self) -> RawChunk:
-        """The same chunk with one array a column: done by workers, as text is dictionary-encoded on the way."""
-        return dataclasses.replace(self, rows=contiguous(self.rows))
-
-    def place(self, row: int) -> str:
-        """Where row ``row`` of the chunk is."""
-        return self.source.place(self.row_in_file + row)
-
-
-@dataclass(frozen=True)
 class Chunk:
     """An encoded chunk on disk.
 
     Args:
         path: Arrow file.
         file_number: raw file it comes from.
-        first_row, num_rows: in the whole log.
+        num_rows: N.
+        first_row: number of its first row in the whole log; known once all chunks before it are encoded.
         missing: null cells by numeric column.
     """
 
     path: Path
     file_number: int
-    first_row: int
     num_rows: int
     missing: Counter[str] = field(default_factory=Counter)
+    first_row: int = 0
 
     def read(self, columns: Sequence[str] | None = None) -> pa.RecordBatch:
         """Its rows, memory-mapped."""
@@ -94,9 +66,12 @@ class Chunk:
         if not needs_keys:
             return RowKeys(self.first_row, self.num_rows, days=self.file_number)
         batch = self.read()
-        moments = batch.column(MOMENT).to_numpy() if MOMENT in batch.schema.names else None
-        days = batch.column(DAY).to_numpy() if DAY in batch.schema.names else self.file_number
-        return RowKeys(self.first_row, self.num_rows, moments, days)
+        if MOMENT in batch.schema.names:
+            days = batch.column(DAY).to_numpy()
+            return RowKeys(self.first_row, self.num_rows, batch.column(MOMENT).to_numpy(), days)
+        days = batch.column(DAY).to_numpy()
+        rows = np.arange(self.first_row, self.first_row + self.num_rows)
+        return RowKeys(self.first_row, self.num_rows, (days << _ROW_BITS) + rows, days)
 
 
 class ChunkEncoder:
@@ -113,48 +88,47 @@ class ChunkEncoder:
         tables = {feature.table for feature in schema.features if feature.encoding == "vocabulary"}
         self.indices = {table: ValueIndex() for table in sorted(tables)}
 
-    def encode(self, chunk: RawChunk, path: Path) -> Chunk:
-        """Encode one chunk into a file.
+    def encode(self, load: LazyBatch, path: Path, file_number: int) -> Chunk:
+        """Parse and encode one batch of file ``file_number`` into the Arrow file ``path``.
 
         Raises:
-            ValueError: a value breaks its column's rule; with file, row group or line, row and column.
+            RowError: a value breaks its column's rule.
+            ValueError: the batch cannot be parsed at all.
         """
-        chunk = chunk.contiguous()
-        columns: dict[str, pa.Array] = {self.schema.label: self._label(chunk)}
+        raw = contiguous(load())
+        columns: dict[str, pa.Array] = {self.schema.label: self._label(raw)}
         missing: Counter[str] = Counter()
         for column in self.schema.numeric:
-            columns |= self._numeric(chunk, column)
-            missing[column.name] = chunk.column(column.name).null_count
+            columns |= self._numeric(raw, column)
+            missing[column.name] = raw.column(column.name).null_count
         for feature in self.schema.categorical:
-            columns[feature.name] = self._categorical(chunk, feature)
+            columns[feature.name] = self._categorical(raw, feature)
         for name in self.schema.carried:
-            columns[name] = self._carried(chunk, name)
+            columns[name] = self._carried(raw, name)
         if self.needs_keys:
-            columns |= self._keys(chunk)
+            columns |= self._keys(raw)
         batch = pa.RecordBatch.from_pydict(columns)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
-        return Chunk(path, chunk.file_number, chunk.first_row, len(batch), missing)
+        return Chunk(path, file_number, len(batch), missing)
 
-    def _label(self, chunk: RawChunk) -> pa.Array:
-        column = chunk.column(self.schema.label)
+    def _label(self, raw: pa.RecordBatch) -> pa.Array:
+        column = raw.column(self.schema.label)
         values = transforms.to_float64(column)
         wrong = ~((values == 0) | (values == 1))
         if wrong.any():
             row = int(wrong.argmax())
-            raise ValueError(
-                f"{chunk.place(row)}, column {self.schema.label!r}: labels must be 0 or 1, got {column[row].as_py()!r}"
-            )
+            raise RowError(row, f"column {self.schema.label!r}: labels must be 0 or 1, got {column[row].as_py()!r}")
         return pa.array(values.astype(np.int8))
 
-    def _numeric(self, chunk: RawChunk, column: NumericColumn) -> dict[str, pa.Array]:
-        raw = chunk.column(column.name)
-        values = transforms.to_float64(raw)
-        row = transforms.first_not_finite(values, raw.is_null().to_numpy(zero_copy_only=False))
+    def _numeric(self, raw: pa.RecordBatch, column: NumericColumn) -> dict[str, pa.Array]:
+        numbers = raw.column(column.name)
+        values = transforms.to_float64(numbers)
+        row = transforms.first_not_finite(values, numbers.is_null().to_numpy(zero_copy_only=False))
         if row is not None:
-            raise ValueError(
-                f"{chunk.place(row)}, column {column.name!r}: numbers must be finite (missing ones null), "
-                f"got {raw[row].as_py()!r}"
+            raise RowError(
+                row,
+                f"column {column.name!r}: numbers must be finite (missing ones null), got {numbers[row].as_py()!r}",
             )
         encoded: dict[str, pa.Array] = {}
         if column.transform == "none":
@@ -165,22 +139,22 @@ class ChunkEncoder:
             encoded[name] = pa.array(self.indices[name].provisional_ids(transforms.bucket(values)))
         return encoded
 
-    def _categorical(self, chunk: RawChunk, feature: CategoricalColumn) -> pa.Array:
-        column = chunk.column(feature.name)
+    def _categorical(self, raw: pa.RecordBatch, feature: CategoricalColumn) -> pa.Array:
+        column = raw.column(feature.name)
         if feature.kind == "single":
-            return pa.array(self._ids(chunk, feature, column, None))
+            return pa.array(self._ids(feature, column, None))
         offsets, entries = transforms.keep_latest(column, feature.max_length)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(self._ids(chunk, feature, entries, offsets)))
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(self._ids(feature, entries, offsets)))
 
     def _ids(
-        self, chunk: RawChunk, feature: CategoricalColumn, values: pa.Array, offsets: npt.NDArray[np.int32] | None
+        self, feature: CategoricalColumn, values: pa.Array, offsets: npt.NDArray[np.int32] | None
     ) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
         """(N,) or (L,) raw values -> ids as int32 (provisional) or int64 (hashed, given)."""
         if feature.encoding == "vocabulary":
             try:
                 return self.indices[feature.table].provisional_ids(values)
             except ValueError as error:
-                raise ValueError(f"{chunk.source.path}: column {feature.name!r}: {error}") from error
+                raise RowError(0, f"column {feature.name!r}: {error}") from error
         if feature.encoding == "hash":
             encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
             # A missing value's index is -1, which picks the last entry.
@@ -190,49 +164,37 @@ class ChunkEncoder:
         in_range = pc.and_(pc.greater_equal(values, 0), pc.less(values, feature.num_embeddings)).fill_null(False)
         if (wrong := in_range.index(False).as_py()) >= 0:
             row = wrong if offsets is None else int(np.searchsorted(offsets, wrong, side="right")) - 1
-            raise ValueError(
-                f"{chunk.place(row)}, column {feature.name!r}: ids must be in [0, {feature.num_embeddings}) "
-                f"(num_embeddings), got {values[wrong].as_py()!r}"
+            raise RowError(
+                row,
+                f"column {feature.name!r}: ids must be in [0, {feature.num_embeddings}) (num_embeddings), "
+                f"got {values[wrong].as_py()!r}",
             )
         kind = pa.int32() if feature.num_embeddings <= 2**31 else pa.int64()
         return np.asarray(values.cast(kind).to_numpy(zero_copy_only=False))
 
-    def _carried(self, chunk: RawChunk, name: str) -> pa.Array:
-        column = chunk.column(name)
+    def _carried(self, raw: pa.RecordBatch, name: str) -> pa.Array:
+        column = raw.column(name)
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if pa.types.is_string_view(column.type) or pa.types.is_large_string(column.type):
             column = column.cast(pa.string())
         if name in (self.schema.user, self.schema.time, self.schema.day) and column.null_count:
             row = column.is_null().index(True).as_py()
-            raise ValueError(f"{chunk.place(row)}, column {name!r}: a value is required in every row, got null")
+            raise RowError(row, f"column {name!r}: a value is required in every row, got null")
         if name == self.schema.user and pa.types.is_integer(column.type):
             return column.cast(pa.int64())
         if name == TRUE_PROBABILITY:
-            return self._probability(chunk, column)
+            return _probability(column)
         return column
 
-    def _probability(self, chunk: RawChunk, column: pa.Array) -> pa.Array:
-        values = transforms.to_float64(column)
-        wrong = ~((values >= 0) & (values <= 1))
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ValueError(
-                f"{chunk.place(row)}, column {TRUE_PROBABILITY!r}: must be in [0, 1], got {column[row].as_py()!r}"
-            )
-        return pa.array(values.astype(np.float32))
-
-    def _keys(self, chunk: RawChunk) -> dict[str, pa.Array]:
+    def _keys(self, raw: pa.RecordBatch) -> dict[str, pa.Array]:
         """int64 moments, and days where the log has them."""
         schema, keys = self.schema, dict[str, npt.NDArray[np.int64]]()
         if schema.time is not None:
-            moments, per_day = _moments(chunk.column(schema.time), schema.time_unit)
+            moments, per_day = _moments(raw.column(schema.time), schema.time_unit)
             keys = {MOMENT: moments, DAY: moments // per_day}
         if schema.day is not None:
-            keys[DAY] = np.asarray(chunk.column(schema.day).cast(pa.int64()).to_numpy(zero_copy_only=False))
-            if schema.time is None:
-                rows = np.arange(chunk.first_row, chunk.first_row + chunk.rows.num_rows)
-                keys[MOMENT] = (keys[DAY] << _ROW_BITS) + rows
+            keys[DAY] = np.asarray(raw.column(schema.day).cast(pa.int64()).to_numpy(zero_copy_only=False))
         return {name: pa.array(values) for name, values in keys.items()}
 
 
@@ -243,30 +205,54 @@ def _moments(column: pa.Array, unit: str) -> tuple[npt.NDArray[np.int64], int]:
     return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False)), _UNITS_PER_DAY[unit]
 
 
-def raw_chunks(sources: Sequence[Source]) -> Iterator[RawChunk]:
-    """All batches of all files in order."""
-    first_row = 0
-    for number, source in enumerate(sources):
-        row_in_file = 0
-        for table in source.batches():
-            if table.num_rows:
-                yield RawChunk(source, number, table, row_in_file, first_row)
-            row_in_file += table.num_rows
-            first_row += table.num_rows
+def _probability(column: pa.Array) -> pa.Array:
+    values = transforms.to_float64(column)
+    wrong = ~((values >= 0) & (values <= 1))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise RowError(row, f"column {TRUE_PROBABILITY!r}: must be in [0, 1], got {column[row].as_py()!r}")
+    return pa.array(values.astype(np.float32))
 
 
-def encode_chunks(
+def encode_log(
     sources: Sequence[Source], encoder: ChunkEncoder, folder: Path, pool: ThreadPoolExecutor, workers: int
 ) -> Iterator[Chunk]:
-    """Encode a whole log into ``folder``, at most ``2 * workers`` batches at once, and yield its chunks in order."""
-    pending: deque[Future[Chunk]] = deque()
+    """Encode all files into ``folder``, at most ``workers + 2`` batches at once, and yield the chunks in order.
+
+    Raises:
+        ValueError: the first wrong row of the log, with its place.
+    """
+    pending: deque[tuple[int, Future[Chunk]]] = deque()
+    first_row = 0
+    file_start = (0, 0)  # File of the chunk before, and number of that file's first row.
+
+    def finish() -> Chunk:
+        nonlocal first_row, file_start
+        file_number, future = pending.popleft()
+        if file_number != file_start[0]:
+            file_start = (file_number, first_row)
+        source = sources[file_number]
+        try:
+            chunk = dataclasses.replace(future.result(), first_row=first_row)
+        except RowError as error:
+            raise ValueError(f"{source.place(first_row - file_start[1] + error.row)}: {error}") from error
+        first_row += chunk.num_rows
+        return chunk
+
     try:
-        for number, chunk in enumerate(raw_chunks(sources)):
-            if len(pending) >= 2 * workers:
-                yield pending.popleft().result()
-            pending.append(pool.submit(encoder.encode, chunk, folder / f"{number:08}.arrow"))
+        for number, (file_number, load) in enumerate(_batches(sources)):
+            if len(pending) >= workers + 2:
+                yield finish()
+            path = folder / f"{number:08}.arrow"
+            pending.append((file_number, pool.submit(encoder.encode, load, path, file_number)))
         while pending:
-            yield pending.popleft().result()
+            yield finish()
     finally:
-        for future in pending:
+        for _, future in pending:
             future.cancel()
+
+
+def _batches(sources: Sequence[Source]) -> Iterator[tuple[int, LazyBatch]]:
+    for number, source in enumerate(sources):
+        for load in source.batches():
+            yield number, load

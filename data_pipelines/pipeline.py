@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.encode import Chunk, ChunkEncoder, encode_chunks
+from data_pipelines.encode import Chunk, ChunkEncoder, encode_log
 from data_pipelines.parts import Layout, PartWriter, count_train, lay_out
 from data_pipelines.schema import LogSchema
 from data_pipelines.sources import Source, check_distinct
@@ -85,7 +85,7 @@ def prepare_log(
         needs_keys = split.kind != "random" and (schema.time is not None or schema.day is not None)
         encoder = ChunkEncoder(schema, needs_keys=needs_keys)
         (root / _CHUNK_FOLDER).mkdir()
-        chunks = list(_reported(encode_chunks(sources, encoder, root / _CHUNK_FOLDER, pool, workers), started))
+        chunks = list(_reported(encode_log(sources, encoder, root / _CHUNK_FOLDER, pool, workers), started))
         if not chunks:
             raise ValueError(f"{sources[0].path}: the log has no rows")
         layout = _lay_out(chunks, split, needs_keys=needs_keys)

@@ -1,4 +1,4 @@
-"""Raw log files as a stream of Arrow record batches, with the place of every row known.
+"""Raw log files as a stream of batches, with the place of every row known.
 
 A source is checked before the first row of any source is read (``check``): it is there, it is what it says, it has
 the columns, and they have the types. What only shows while reading (a broken line, a damaged page) is raised with its
@@ -7,25 +7,20 @@ place.
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data_pipelines.schema import Requirement
 
-# Rows (Parquet) and bytes (text) of one batch: the unit of parallel work. Memory of a preparation is proportional to
-# it; below about 50,000 rows the per-column overhead shows.
+# Rows of one batch: the unit of parallel work. Memory of a preparation is proportional to it; below about 50,000 rows
+# the per-column overhead shows.
 BATCH_ROWS = 131_072
-BATCH_BYTES = 32 << 20
-# Bytes of text parsed at once: a block that stays in the cache halves the processor time of parsing 32 MB at once.
-BLOCK_BYTES = 1 << 20
 PARQUET_MAGIC = b"PAR1"
 
 _REQUIRED_TYPES: dict[Requirement, str] = {
@@ -41,6 +36,23 @@ _REQUIRED_TYPES: dict[Requirement, str] = {
 }
 
 
+# A batch of rows that is not parsed yet; workers call it.
+LazyBatch = Callable[[], pa.Table]
+
+
+class RowError(ValueError):
+    """A row of a batch is wrong.
+
+    Args:
+        row: its number in the batch; whoever knows where the batch begins says where that is.
+        message: what is wrong, beginning with the column.
+    """
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 class Source(Protocol):
     """One raw file."""
 
@@ -51,121 +63,11 @@ class Source(Protocol):
     def check(self) -> None:
         """Raise FileNotFoundError or ValueError when the file cannot be what is asked for."""
 
-    def batches(self) -> Iterator[pa.Table]:
-        """Its rows in order; ``contiguous`` makes a batch of each."""
+    def batches(self) -> Iterator[LazyBatch]:
+        """Its rows in order."""
 
     def place(self, row: int) -> str:
         """Where row ``row`` (from 0) is, in words."""
-
-
-@dataclass(frozen=True)
-class DelimitedFile:
-    """A text file with one row a line, plain or gzip (name ends in .gz). An empty cell is a missing value.
-
-    Args:
-        path: the file.
-        columns: all names in file order; ignored when there is a header.
-        required: columns to read and what they hold.
-        delimiter: one character.
-        header: whether the first line holds names.
-    """
-
-    path: Path
-    columns: tuple[str, ...]
-    required: Mapping[str, Requirement]
-    delimiter: str = "\t"
-    header: bool = False
-
-    def check(self) -> None:
-        _check_exists(self.path)
-        first = next(self._lines(), b"")
-        if not first:
-            raise ValueError(f"{self.path}: empty file; at least one row is required")
-        cells = first.rstrip(b"\r\n").split(self.delimiter.encode())
-        if self.header:
-            names = [cell.decode(errors="replace") for cell in cells]
-            if missing := [name for name in self.required if name not in names]:
-                raise ValueError(f"{self.path}: line 1: columns {missing} are required, the header has {names}")
-        elif len(cells) != len(self.columns):
-            raise ValueError(self._wrong_width(1, len(cells), len(self.columns)))
-
-    def batches(self) -> Iterator[pa.Table]:
-        """Its rows in order."""
-        waiting, num_bytes = list[pa.RecordBatch](), 0
-        for block in self._blocks():
-            waiting.append(block)
-            num_bytes += block.nbytes
-            if num_bytes >= BATCH_BYTES:
-                yield pa.Table.from_batches(waiting)
-                waiting, num_bytes = [], 0
-        if waiting:
-            yield pa.Table.from_batches(waiting)
-
-    def _blocks(self) -> Iterator[pa.RecordBatch]:
-        types = {name: pa.string() if kind == "category" else pa.int64() for name, kind in self.required.items()}
-        try:
-            with pa.input_stream(self.path, compression="gzip" if self._is_gzip else None) as stream:
-                yield from pyarrow.csv.open_csv(
-                    stream,
-                    read_options=pyarrow.csv.ReadOptions(
-                        column_names=None if self.header else list(self.columns), block_size=BLOCK_BYTES
-                    ),
-                    parse_options=pyarrow.csv.ParseOptions(
-                        delimiter=self.delimiter, quote_char=False, ignore_empty_lines=False
-                    ),
-                    convert_options=pyarrow.csv.ConvertOptions(
-                        column_types=types,
-                        include_columns=list(self.required),
-                        strings_can_be_null=True,
-                        null_values=[""],
-                    ),
-                )
-        except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            self._explain(error)
-
-    def place(self, row: int) -> str:
-        return f"{self.path}: line {row + 1 + self.header}"
-
-    @property
-    def _is_gzip(self) -> bool:
-        return self.path.suffix == ".gz"
-
-    def _lines(self) -> Iterator[bytes]:
-        """The file's lines, with whatever is wrong with its compression as a ValueError."""
-        number = 0
-        try:
-            with gzip.open(self.path) if self._is_gzip else self.path.open("rb") as stream:
-                for line in stream:
-                    number += 1
-                    yield line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{self.path}: gzip stream is truncated or damaged after line {number} ({error}); get the file again"
-            ) from error
-
-    def _explain(self, error: Exception) -> None:
-        """Find the line the parallel parser stopped at, which it does not tell."""
-        integers = {name for name, kind in self.required.items() if kind != "category"}
-        names: Sequence[str] = self.columns
-        for number, line in enumerate(self._lines(), 1):
-            cells = line.rstrip(b"\r\n").split(self.delimiter.encode())
-            if self.header and number == 1:
-                names = [cell.decode(errors="replace") for cell in cells]
-                continue
-            if len(cells) != len(names):
-                raise ValueError(self._wrong_width(number, len(cells), len(names))) from error
-            for name, cell in zip(names, cells, strict=True):
-                if name in self.required and (fault := _cell_fault(cell, integer=name in integers)):
-                    raise ValueError(f"{self.path}: line {number}, column {name!r}: {fault}") from error
-        raise ValueError(f"{self.path}: not readable: {error}") from error
-
-    def _wrong_width(self, line: int, found: int, wanted: int) -> str:
-        return (
-            f"{self.path}: line {line}: {wanted} columns separated by {self.delimiter!r} are required, got {found}; "
-            "the line is broken or the file is of another kind"
-        )
 
 
 @dataclass(frozen=True)
@@ -194,15 +96,15 @@ class ParquetFile:
             if not is_acceptable(found, kind):
                 raise ValueError(f"{self.path}: column {stored!r} must be {_REQUIRED_TYPES[kind]}, got {found}")
 
-    def batches(self) -> Iterator[pa.Table]:
-        """Its rows in order."""
+    def batches(self) -> Iterator[LazyBatch]:
+        """Its rows in order, decoded by Arrow's threads, a column each."""
         file = open_parquet(self.path)
         stored = [self.renamed.get(name, name) for name in self.required]
         for group in range(file.num_row_groups):
             try:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=stored):
                     columns = {name: batch.column(old) for name, old in zip(self.required, stored, strict=True)}
-                    yield pa.table(columns)
+                    yield partial(pa.table, columns)
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{self.path}: row group {group} is damaged ({error}); get the file again") from error
 
@@ -234,7 +136,7 @@ def contiguous(table: pa.Table) -> pa.RecordBatch:
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a Parquet file; FileNotFoundError or ValueError with the file's name when that fails."""
-    _check_exists(path)
+    check_exists(path)
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -244,7 +146,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 def is_parquet(path: Path) -> bool:
     """Whether a file is Parquet, by its first bytes (by its name when it is too short to tell)."""
-    _check_exists(path)
+    check_exists(path)
     with path.open("rb") as stream:
         return stream.read(4) == PARQUET_MAGIC or path.suffix in (".parquet", ".pq")
 
@@ -304,23 +206,9 @@ def _natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
-def _check_exists(path: Path) -> None:
+def check_exists(path: Path) -> None:
+    """Raise FileNotFoundError or, for a directory, ValueError."""
     if path.is_dir():
         raise ValueError(f"{path}: is a directory; name the raw files themselves")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-
-
-def _cell_fault(cell: bytes, *, integer: bool) -> str | None:
-    if integer:
-        try:
-            if cell and not -(2**63) <= int(cell.decode("ascii", "replace")) < 2**63:
-                return f"{cell.decode()} does not fit into 64 bits"
-        except ValueError:
-            return f"an integer or nothing is required, got {cell.decode(errors='replace')!r}"
-        return None
-    try:
-        cell.decode()
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 text ({error}), got {cell!r}"
-    return None

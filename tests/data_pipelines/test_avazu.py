@@ -66,7 +66,7 @@ def test_every_form_of_the_log_gives_what_a_plain_loop_gives(form: str, tmp_path
 def test_an_hour_that_is_none_is_named_with_its_line(hour: str, tmp_path: Path) -> None:
     rows = rows_of(30)
     rows[17]["hour"] = hour
-    with pytest.raises(ValueError, match=r"train.csv: line 19, column 'hour': YYMMDDHH is required"):
+    with pytest.raises(ValueError, match=r"train.csv: line 19: column 'hour': YYMMDDHH is required"):
         avazu.prepare(write_csv(tmp_path / "train.csv", rows), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

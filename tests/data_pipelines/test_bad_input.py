@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipelines import criteo, parquet, sources
+from data_pipelines import criteo, delimited, parquet
 from data_pipelines.schema import CategoricalColumn, LogSchema, NumericColumn
 from data_pipelines.splitting import SplitRule
 from tests.data_pipelines import truth
@@ -69,7 +69,7 @@ def test_wrong_number_of_columns(name: str, line: int, width: int, tmp_path: Pat
 
 def test_text_where_a_number_belongs(tmp_path: Path) -> None:
     raw = changed_line(tmp_path, 33, lambda cells: [*cells[:4], "1.5", *cells[5:]])
-    fails(tmp_path, raw, ValueError, "log.txt: line 33, column 'I4': an integer or nothing is required, got '1.5'")
+    fails(tmp_path, raw, ValueError, "log.txt: line 33: column 'I4': an integer or nothing is required, got '1.5'")
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     lines = path.read_bytes().splitlines()
     lines[6] = b"\t".join([*lines[6].split(b"\t")[:20], b"\xff\xfe", *lines[6].split(b"\t")[21:]])
     path.write_bytes(b"\n".join(lines) + b"\n")
-    fails(tmp_path, path, ValueError, "log.txt: line 7, column 'C7': not UTF-8")
+    fails(tmp_path, path, ValueError, "log.txt: line 7: column 'C7': not UTF-8")
 
 
 def test_empty_line(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_empty_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["2", "-1", ""])
 def test_label_in_text_outside_zero_and_one(label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(delimited, "BATCH_BYTES", 2000)
     raw = changed_line(tmp_path, 50, lambda cells: [label, *cells[1:]])
-    fails(tmp_path, raw, ValueError, "log.txt: line 50, column 'label': labels must be 0 or 1, got")
+    fails(tmp_path, raw, ValueError, "log.txt: line 50: column 'label': labels must be 0 or 1, got")
 
 
 @pytest.mark.parametrize("label", [2, None, math.nan, 0.5])
@@ -97,7 +97,7 @@ def test_label_in_parquet_outside_zero_and_one(label: float | None, tmp_path: Pa
     rows = [{**row, "label": float(row["label"])} for row in ROWS]
     rows[50]["label"] = label
     raw = truth.write_parquet(tmp_path / "log.parquet", rows, row_group_size=20)
-    fails(tmp_path, raw, ValueError, "log.parquet: row group 2, row 50, column 'label': labels must be 0 or 1")
+    fails(tmp_path, raw, ValueError, "log.parquet: row group 2, row 50: column 'label': labels must be 0 or 1")
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, 1e300])
@@ -105,7 +105,7 @@ def test_numbers_that_are_not_finite(number: float, tmp_path: Path) -> None:
     rows = [{**row, "I3": 1.0} for row in ROWS]
     rows[41]["I3"] = number
     raw = truth.write_parquet(tmp_path / "log.parquet", rows, row_group_size=40)
-    fails(tmp_path, raw, ValueError, "log.parquet: row group 1, row 41, column 'I3': numbers must be finite")
+    fails(tmp_path, raw, ValueError, "log.parquet: row group 1, row 41: column 'I3': numbers must be finite")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
@@ -154,7 +154,7 @@ def test_later_file_is_checked_before_the_first_is_read(tmp_path: Path, monkeypa
     first = truth.write_tsv(tmp_path / "day_0", ROWS)
     second = tmp_path / "day_1.parquet"
     second.write_bytes(b"PAR1 and no more")
-    monkeypatch.setattr(sources.DelimitedFile, "batches", lambda self: pytest.fail("read before all were checked"))
+    monkeypatch.setattr(delimited.DelimitedFile, "batches", lambda self: pytest.fail("read before all were checked"))
     fails(tmp_path, [first, second], ValueError, "day_1.parquet: not a readable Parquet file")
 
 
@@ -185,7 +185,7 @@ def test_given_ids_out_of_range(identifier: int | None, tmp_path: Path) -> None:
     truth.write_parquet(raw, rows)
     for schema in (single, lists):
         name = schema.categorical[0].name
-        with pytest.raises(ValueError, match=rf"row 41, column '{name}': ids must be in \[0, 24\).*got {identifier}"):
+        with pytest.raises(ValueError, match=rf"row 41: column '{name}': ids must be in \[0, 24\).*got {identifier}"):
             parquet.prepare(raw, tmp_path / "out", schema=schema)
 
 
@@ -203,14 +203,16 @@ def test_null_user_and_time(tmp_path: Path) -> None:
         raw = truth.write_parquet(
             tmp_path / "log.parquet", [{**row, name: None if row["when"] == 7 else row[name]} for row in rows]
         )
-        with pytest.raises(ValueError, match=f"row 7, column '{name}': a value is required in every row"):
+        with pytest.raises(ValueError, match=f"row 7: column '{name}': a value is required in every row"):
             parquet.prepare(raw, tmp_path / "out", schema=schema, split=SplitRule("time"))
 
 
 def test_table_shared_by_strings_and_integers(tmp_path: Path) -> None:
     raw = truth.write_parquet(tmp_path / "log.parquet", [{"y": 0, "a": "1", "b": 1}])
     schema = LogSchema("y", (), (CategoricalColumn("a"), CategoricalColumn("b", table="a")))
-    with pytest.raises(ValueError, match="column 'b': values of one table must be all"):
+    with pytest.raises(
+        ValueError, match=r"log.parquet: row group 0, row 0: column 'b': values of one table must be all"
+    ):
         parquet.prepare(raw, tmp_path / "out", schema=schema)
 
 

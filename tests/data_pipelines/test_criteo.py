@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from data_pipelines import criteo, parts, sources
+from data_pipelines import criteo, delimited, parts, sources
 from data_pipelines.splitting import SplitRule
 from recemb.data.manifest import Manifest
 from recemb.evaluation.metrics import auc, log_loss
@@ -79,8 +79,8 @@ def test_every_form_of_the_log_gives_what_a_plain_loop_gives(
     write: Callable[[Path], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "BATCH_ROWS", 29)
-    monkeypatch.setattr(sources, "BATCH_BYTES", 5000)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(delimited, "BATCH_BYTES", 5000)
+    monkeypatch.setattr(delimited, "PARSED_BYTES", 2000)
     monkeypatch.setattr(parts, "ROW_GROUP_ROWS", 32)
     monkeypatch.setattr(parts, "PART_ROWS", 64)
     manifest = criteo.prepare(write(tmp_path), tmp_path / "out", split=TIME, min_count=2, numeric="both")
@@ -133,8 +133,8 @@ def test_vocabulary_knows_nothing_of_validation_and_test(tmp_path: Path) -> None
 def test_two_runs_give_equal_bytes_whatever_the_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "BATCH_BYTES", 3000)
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(delimited, "BATCH_BYTES", 3000)
+    monkeypatch.setattr(delimited, "BATCH_BYTES", 2000)
     raw = plain_text(tmp_path)
     one = truth.files_of(criteo.prepare(raw, tmp_path / "one", workers=1).root)
     eight = truth.files_of(criteo.prepare(raw, tmp_path / "eight", workers=8).root)
