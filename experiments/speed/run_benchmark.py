@@ -23,13 +23,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent
-REPOSITORY = FOLDER.parents[1]
-sys.path[:0] = [str(REPOSITORY), str(FOLDER)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import make_dataset  # noqa: E402
+from dataset import make_dataset
 
 logger = logging.getLogger("speed")
+
+FOLDER = Path(__file__).resolve().parent
+REPOSITORY = FOLDER.parents[1]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ CONTENDERS = (
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     options = _parse()
     pythons = {"recemb": sys.executable, "deepctr": options.deepctr_python, "fuxictr": options.fuxictr_python}
     chosen = [c for c in CONTENDERS if options.only is None or any(part in c.name for part in options.only)]
