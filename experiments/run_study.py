@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("overrides", nargs="*", help="more overrides, for this machine (data.path=...)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
-    parser.add_argument("--only", default="", help="only runs whose name starts so")
+    parser.add_argument("--only", default="", help="only runs whose name matches this regular expression")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
     study = Study(arguments.study, arguments.overrides)
@@ -71,7 +72,7 @@ class Study:
 
     def run(self, jobs: int, only: str) -> None:
         """Tune, then train every cell that has no result."""
-        names = [name for name in self.runs if name.startswith(only)]
+        names = [name for name in self.runs if re.search(only, name)]
         # One process a job for all its cells: imports would take longer than a small cell.
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             trials = {
