@@ -97,6 +97,13 @@ class CompressedTables(nn.Module):
     def expect_weights(self) -> None:
         """Called once where ids come with weights. ``Bags.pool`` applies them; kernels that pool must be told."""
 
+    def after_step(self, step: int) -> None:
+        """Called on every rank after optimizer step ``step`` (1 is the first): where a method reorganises itself.
+
+        The training loop of recemb does; a loop of one's own calls it for each of ``compressed_groups(model)``.
+        Nothing by default.
+        """
+
     def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
         """Start from trained full tables, where the method can.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from recemb.checkpoint import Checkpoints, Optimizer, load_model_tensors, load_optimizer_tensors, load_state
+from recemb.collection import compressed_groups
 from recemb.data.batch import Batch
 from recemb.training.metrics_log import MetricsLog
 from recemb.training.progress import Progress
@@ -107,6 +108,7 @@ class TrainingLoop:
         # Of steps only, waiting for batches included: validation and checkpoints are no training.
         self.seconds = 0.0
         self._steps_per_epoch = len(loader)
+        self._groups = compressed_groups(model)
         self._factor: float | None = None
         self._window: list[Tensor] = []
         self._window_samples = 0
@@ -163,6 +165,8 @@ class TrainingLoop:
         self._window.append(loss.detach())
         self._window_samples += len(batch.labels)
         self.step += 1
+        for group in self._groups:
+            group.after_step(self.step)
 
     def _after_step(self, log: MetricsLog, progress: Progress) -> None:
         settings = self.settings
