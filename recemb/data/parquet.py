@@ -50,7 +50,8 @@ class ParquetLoader:
     ``12 * R`` of row order, 2 MiB or one column of R rows (the larger) of what is being decoded with its compressed
     pages, and two batches: 91 MB for Criteo's 39 features at the default. A list column adds 36 bytes a row and three
     times the bytes of a window's whole lists; an extra column twice its numpy bytes (strings are Python objects, 60
-    bytes and more). The number of rows in the split adds one small record per row group, nothing else.
+    bytes and more). The number of rows in the split adds one small record per row group, nothing else. The
+    windows' memory is kept for the next epoch: touching new memory took 5% of an epoch of 4 million rows.
 
     Args:
         manifest: the data set.
