@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
     parser.add_argument("--only", default="", help="only runs whose name matches this regular expression")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     study = Study(arguments.study, arguments.overrides)
     if not arguments.table:
         study.run(arguments.jobs, arguments.only)
