@@ -25,6 +25,16 @@ def test_distinct_keys_equal_numpys(num_keys: int, data: st.DataObject) -> None:
     assert found.order.tolist() == np.argsort(inverse, kind="stable").tolist()
 
 
+def test_unmerged_keys_are_only_sorted() -> None:
+    keys = torch.tensor([7, 3, 7, 9, 3, 7])
+    found = Distinct.of(keys, 10, merge=False)
+    assert found.keys.tolist() == [3, 3, 7, 7, 7, 9]
+    assert torch.equal(found.keys[found.inverse], keys)
+    assert found.counts.tolist() == [1] * 6
+    vectors = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(found.expand, [vectors])
+
+
 def test_gradients_of_repeated_keys_are_summed() -> None:
     found = Distinct.of(torch.tensor([7, 3, 7, 9, 3, 7]), 10)
     vectors = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,253 @@
+"""TT-Rec: a table as the product of three small cores (tensor-train decomposition).
+
+Reference: Yin et al., "TT-Rec: Tensor Train Compression for Deep Learning Recommendation Models", MLSys 2021,
+arXiv:2101.11714.
+
+Differs from the paper: one rank for both bonds and all tables; no cache of frequent rows beside the cores, but the
+vector of an id is composed once a batch however often it comes; the scale of the sampled Gaussian counts the rank, so
+that vectors start with the variance of a full table at every rank.
+
+Shapes: N ids, U distinct ids of the batch, T tables, D = d1 * d2 * d3 embedding_dim, R rank, n_k rows of core k with
+n1 * n2 * n3 >= num_embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from recemb.bags import Bags
+from recemb.distinct import Distinct
+from recemb.method import CompressedTables, physical_table
+from recemb.stacked import first_rows, per_feature, stacked_table, start_variance
+
+# The sampled Gaussian keeps draws at least this far from 0, in standard deviations.
+_CUT = 2.0
+
+
+class TensorTrain(CompressedTables):
+    """Gives id ``i`` the product ``A[i1] B[i2] C[i3]`` of a (d1, R), an (R, d2 * R) and an (R, d3) matrix.
+
+    ``i = (i1 * n2 + i2) * n3 + i3``, so every id has a triple of its own; ids share each of their matrices with others.
+
+    Memory: ``(n1 * d1 * R + n2 * d2 * R**2 + n3 * d3 * R) * 4`` bytes a table, rows rounded up to multiples of 4
+    floats; a table stays full where that is not less. n_k are near the cube root of num_embeddings, d_k near that of
+    embedding_dim with the smallest in the middle, where it counts most.
+
+    Args:
+        tables: the logical tables.
+        rank: R, one for all tables; what a byte budget turns. A step takes time in proportion to R**2: the paper uses
+            8 to 64.
+        merge_ids: compose each distinct id of a batch once. False composes every id by itself, with the same result;
+            for measuring what merging saves.
+
+    Raises:
+        ValueError: a rank below 1.
+
+    Example:
+        >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
+        >>> TensorTrain(tables, rank=8)
+        TensorTrain(...)
+    """
+
+    budget_knob: ClassVar[str | None] = "rank"
+
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], *, rank: int, merge_ids: bool = True) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        dim = tables[0].embedding_dim
+        self.rank = rank
+        self.column_factors = factorise_columns(dim)
+        d1, d2, d3 = self.column_factors
+        self.core_shapes = ((d1, rank), (rank, d2 * rank), (rank, d3))
+        row_factors = {table.name: factorise_rows(table.num_embeddings) for table in tables}
+        pays = [
+            _core_floats(row_factors[table.name], self.column_factors, rank) < table.num_embeddings * dim
+            for table in tables
+        ]
+        self.decomposed = [table for table, yes in zip(tables, pays, strict=True) if yes]
+        self.full = [table for table, yes in zip(tables, pays, strict=True) if not yes]
+        factors = [row_factors[table.name] for table in self.decomposed]
+        super().__init__(tables, self._lookups(factors, dim))
+        self._merge_ids = merge_ids
+        # Ids are counted through all tables, decomposed ones first, so that sorted ids are the two kinds one by one.
+        ordered = [*self.decomposed, *self.full]
+        starts = first_rows([table.num_embeddings for table in ordered])
+        start_of = {table.name: start for table, start in zip(ordered, starts, strict=True)}
+        self._num_ids = sum(table.num_embeddings for table in tables)
+        self._num_decomposed_ids = sum(table.num_embeddings for table in self.decomposed)
+        self.starts: Tensor
+        self.register_buffer("starts", per_feature(tables, [start_of[table.name] for table in tables]))
+        # (T, 7) of decomposed tables: first id, n3, first pair (i1, i2), n2, first rows in the three cores.
+        firsts = zip(*[first_rows(rows) for rows in zip(*factors, strict=True)], strict=True)
+        pairs = [n1 * n2 for n1, n2, _ in factors]
+        rows = [
+            [start_of[table.name], n3, first_pair, n2, *first]
+            for table, (_, n2, n3), first_pair, first in zip(
+                self.decomposed, factors, first_rows(pairs), firsts, strict=False
+            )
+        ]
+        self._num_pairs = sum(pairs)
+        self.splits: Tensor
+        self.register_buffer("splits", torch.tensor(rows, dtype=torch.int64).view(-1, 7))
+
+    def _lookups(self, factors: Sequence[tuple[int, int, int]], dim: int) -> list[list[EmbeddingBagConfig]]:
+        lookups = []
+        for number, rows in enumerate(zip(*factors, strict=True)):
+            # An element is a sum of R * R products of three draws.
+            deviations = [(start_variance(table) / self.rank**2) ** (1 / 6) for table in self.decomposed]
+            init = functools.partial(_fill_sampled_gaussian, list(zip(rows, deviations, strict=True)))
+            width = _stored_width(math.prod(self.core_shapes[number]))
+            lookups.append([physical_table(f"tensor_train__{number}", sum(rows), width, init)])
+        if self.full:
+            sizes = [table.num_embeddings for table in self.full]
+            variances = [start_variance(table) for table in self.full]
+            lookups.append([stacked_table("tensor_train__full", sizes, dim, variances)])
+        return lookups
+
+    def remap(self, bags: Bags) -> list[list[Tensor]]:
+        """Rows of the first two cores for distinct pairs (i1, i2), of the third and of full tables for distinct ids."""
+        return self._remap(self._distinct(bags).keys)[0]
+
+    def embed(self, bags: Bags) -> Tensor:
+        distinct = self._distinct(bags)
+        slots, pairs = self._remap(distinct.keys)
+        rows = [self.lookup_rows(index, slot)[0] for index, slot in enumerate(slots)]
+        full = [rows.pop()] if self.full else []
+        composed = [] if pairs is None else [self._compose_cores(rows, pairs)]
+        return distinct.expand(torch.cat([*composed, *full]))
+
+    def _distinct(self, bags: Bags) -> Distinct:
+        ids = bags.ids + bags.per_id(self.starts)
+        return Distinct.of(ids.view(-1), self._num_ids, merge=self._merge_ids)
+
+    def _remap(self, ids: Tensor) -> tuple[list[list[Tensor]], Distinct | None]:
+        """Ascending ids counted through all tables -> slots of each lookup, and the pairs (i1, i2) of the ids."""
+        boundary = int(torch.searchsorted(ids, self._num_decomposed_ids))
+        slots, pairs = [], None
+        if self.decomposed:
+            inside = ids[:boundary]
+            table = torch.searchsorted(self.splits[:, 0].contiguous(), inside, right=True) - 1
+            first, n3, first_pair, _, _, _, start_3 = self.splits.index_select(0, table).unbind(1)
+            inside = inside - first
+            # Integer division: floats would misplace ids above 2**24.
+            pair = torch.div(inside, n3, rounding_mode="floor")
+            index_3 = inside - pair * n3
+            # n3 ids that follow each other share a pair, and so the large row of the middle core.
+            pairs = Distinct.of(pair + first_pair, self._num_pairs, merge=self._merge_ids)
+            table = torch.searchsorted(self.splits[:, 2].contiguous(), pairs.keys, right=True) - 1
+            _, _, first_pair, n2, start_1, start_2, _ = self.splits.index_select(0, table).unbind(1)
+            inside = pairs.keys - first_pair
+            index_1 = torch.div(inside, n2, rounding_mode="floor")
+            slots = [[index_1 + start_1], [inside - index_1 * n2 + start_2], [index_3 + start_3]]
+        if self.full:
+            slots.append([ids[boundary:] - self._num_decomposed_ids])
+        return slots, pairs
+
+    def _compose_cores(self, rows: Sequence[Tensor], pairs: Distinct) -> Tensor:
+        """Rows of the cores, those of the first two by pair -> (U, D)."""
+        d1, d2, _ = self.column_factors
+        first, second, third = (
+            row[:, : shape[0] * shape[1]].reshape(-1, *shape) for row, shape in zip(rows, self.core_shapes, strict=True)
+        )
+        left = pairs.expand(torch.bmm(first, second).flatten(1)).view(-1, d1 * d2, self.rank)
+        return torch.bmm(left, third).flatten(1)
+
+    @torch.no_grad()
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Every table: full ones exactly, the others by their tensor-train SVD of this rank."""
+        weights = [
+            self.get_parameter(f"lookups.{index}.embedding_bags.{group[0].name}.weight")
+            for index, group in enumerate(self.physical_tables)
+        ]
+        start = 0
+        for table in self.full:
+            weights[-1][start : start + table.num_embeddings].copy_(full_tables[table.name])
+            start += table.num_embeddings
+        for table, split in zip(self.decomposed, self.splits.tolist(), strict=True):
+            rows = full_tables[table.name].to(weights[0].device, torch.float32)
+            cores = tensor_train_svd(rows, factorise_rows(table.num_embeddings), self.column_factors, self.rank)
+            for weight, first, core in zip(weights, split[4:], cores, strict=False):
+                weight[first : first + core.shape[0], : core.shape[1]].copy_(core)
+        return [table.name for table in self.tables]
+
+    @classmethod
+    def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
+        # From the rank on at which the middle core alone is as large as the table, all tables stay full.
+        dim = tables[0].embedding_dim
+        middle = factorise_columns(dim)[1]
+        sizes = [table.num_embeddings for table in tables]
+        return 1, max(math.isqrt(size * dim // (factorise_rows(size)[1] * middle)) + 1 for size in sizes)
+
+
+def factorise_columns(dim: int) -> tuple[int, int, int]:
+    """d1 * d2 * d3 = dim as equal as possible, d2 the smallest and d1 <= d3: 16 -> (2, 2, 4), 64 -> (4, 4, 4)."""
+    divisors = [number for number in range(1, dim + 1) if dim % number == 0]
+    triples = ((a, b, dim // (a * b)) for a, b in itertools.product(divisors, divisors) if dim % (a * b) == 0)
+    smallest, middle, largest = min((tuple(sorted(triple)) for triple in triples), key=sum)
+    return middle, smallest, largest
+
+
+def factorise_rows(num_embeddings: int) -> tuple[int, int, int]:
+    """n1 * n2 * n3 >= num_embeddings with n1 <= n2 <= n3 or nearly so: 10,131,227 -> (216, 217, 217)."""
+    n3 = round(num_embeddings ** (1 / 3))
+    # The power is a float: put right by integers.
+    n3 += n3**3 < num_embeddings
+    rest = -(-num_embeddings // n3)
+    n2 = math.isqrt(rest - 1) + 1
+    return -(-rest // n2), n2, n3
+
+
+def tensor_train_svd(
+    rows: Tensor, row_factors: tuple[int, int, int], column_factors: tuple[int, int, int], rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cores whose products approximate (n, D) ``rows``, exactly where the rank allows; each (n_k, floats)."""
+    n1, n2, n3 = row_factors
+    d1, d2, d3 = column_factors
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, n1 * n2 * n3 - rows.shape[0]))
+    tensor = padded.view(n1, n2, n3, d1, d2, d3).permute(0, 3, 1, 4, 2, 5).reshape(n1 * d1, -1)
+    left = _leading(tensor @ tensor.T, rank)
+    rest = (left.T @ tensor).reshape(-1, n3 * d3)
+    right = _leading(rest.T @ rest, rank)
+    middle = (rest @ right).reshape(rank, n2, d2, rank).permute(1, 0, 2, 3)
+    return left.reshape(n1, -1), middle.reshape(n2, -1), right.T.reshape(rank, n3, d3).permute(1, 0, 2).reshape(n3, -1)
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """(M, rank) leading eigenvectors of a Gram matrix, filled up with zeros where it has fewer."""
+    vectors = torch.linalg.eigh(gram.double())[1].flip(1)[:, :rank].float()
+    return torch.nn.functional.pad(vectors, (0, rank - vectors.shape[1]))
+
+
+def _stored_width(floats: int) -> int:
+    """Fused kernels take rows of multiples of 4."""
+    return -(-floats // 4) * 4
+
+
+def _core_floats(row_factors: Sequence[int], column_factors: Sequence[int], rank: int) -> int:
+    d1, d2, d3 = column_factors
+    widths = (d1 * rank, rank * d2 * rank, rank * d3)
+    return sum(rows * _stored_width(width) for rows, width in zip(row_factors, widths, strict=True))
+
+
+@torch.no_grad()
+def _fill_sampled_gaussian(ranges: Sequence[tuple[int, float]], weight: Tensor) -> None:
+    """Draws from the tails of a Gaussian, scaled to a standard deviation for each range of rows.
+
+    Without the values around 0 the product of three draws is not peaked at 0, nearer to the Gaussian it stands for.
+    """
+    tail = 0.5 * math.erfc(_CUT / math.sqrt(2))
+    density = math.exp(-(_CUT**2) / 2) / math.sqrt(2 * math.pi)
+    tail_deviation = math.sqrt(1 + _CUT * density / tail)
+    for part, (_, deviation) in zip(weight.split([count for count, _ in ranges]), ranges, strict=True):
+        # By the inverse of the distribution function; half of the draws in each tail.
+        part.uniform_(-tail, tail)
+        draws = torch.special.ndtri(part.abs().clamp(min=1e-12)) * part.sign()
+        part.copy_(draws.mul_(deviation / tail_deviation))
