@@ -107,7 +107,11 @@ class _LowerTriangle(torch.autograd.Function):
             rows = len(chunk)
             padded[:rows, :-1] = gradient[start : start + _CHUNK]
             symmetric = torch.index_select(padded[:rows], 1, mirror, out=workspace[:rows])
-            result[start : start + _CHUNK] = torch.bmm(symmetric.view(rows, num_vectors, num_vectors), chunk)
+            symmetric = symmetric.view(rows, num_vectors, num_vectors)
+            if dtype == result.dtype:
+                torch.bmm(symmetric, chunk, out=result[start : start + _CHUNK])
+            else:
+                result[start : start + _CHUNK] = torch.bmm(symmetric, chunk)
         return result, None, None
 
 
