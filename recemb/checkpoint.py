@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys, load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from recemb.evaluation.gather import gather_texts
 from recemb.files import sync_folder, write_json
 
 logger = logging.getLogger(__name__)
@@ -70,20 +71,14 @@ class Checkpoints:
         Raises:
             OSError: the disk is full, or another error of the file system; earlier checkpoints are untouched.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._remove_partial()
-        final = self._free_name(step)
-        partial = self.folder / f".{final.name}.partial-{os.getpid()}"
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(tensors))
-        self._check_space(final, needed)
+        needed = sum(tensor.size().numel() * tensor.dtype.itemsize for tensor in _tensors(tensors))
+        # The first rank decides on names and moves folders; the others write tensors where it says.
+        names = _on_first_rank(lambda: self._begin(step, needed))
+        final, partial = (self.folder / name for name in names.split("/"))
         try:
-            partial.mkdir()
             with _single_process_is_fine():
                 save(dict(tensors), checkpoint_id=str(partial), no_dist=not dist.is_initialized())
-            write_json(partial / STATE_FILE, {"step": step, **state})
-            sync_folder(partial)
-            partial.rename(final)
-            sync_folder(self.folder)
+            _on_first_rank(lambda: self._finish(final, partial, {"step": step, **state}))
         except (OSError, CheckpointException) as error:
             shutil.rmtree(partial, ignore_errors=True)
             self._check_space(final, needed)
@@ -94,12 +89,32 @@ class Checkpoints:
                 if isinstance(cause, OSError):
                     raise OSError(cause.errno, f"checkpoint not written: {cause.strerror}", str(final)) from error
             raise OSError(errno.EIO, f"checkpoint not written: {error}", str(final)) from error
+        _on_first_rank(lambda: self._publish(final, step, best_step))
+        return final
+
+    def _begin(self, step: int, needed: int) -> str:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_partial()
+        final = self._free_name(step)
+        partial = self.folder / f".{final.name}.partial-{os.getpid()}"
+        self._check_space(final, needed)
+        partial.mkdir()
+        return f"{final.name}/{partial.name}"
+
+    def _finish(self, final: Path, partial: Path, state: Mapping[str, Any]) -> str:
+        write_json(partial / STATE_FILE, state)
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(self.folder)
+        return ""
+
+    def _publish(self, final: Path, step: int, best_step: int | None) -> str:
         self._link("last", final)
         if best_step == step:
             self._link("best", final)
         self.repair_best(best_step)
         self._remove_unlinked()
-        return final
+        return ""
 
     def repair_best(self, best_step: int | None) -> None:
         """Point ``best`` to the checkpoint of ``best_step``: a run killed between the two links left it behind."""
@@ -179,8 +194,9 @@ def load_model_tensors(path: Path, model: nn.Module) -> None:
 def load_optimizer_tensors(path: Path, optimizer: Optimizer) -> None:
     """Restore ``optimizer`` from what was saved under ``optimizer``.
 
-    Without a template to fill: a dense optimizer that has not stepped yet has no state tensors, and those of the
-    checkpoint would silently be left out. So the state lies twice in host memory for a moment.
+    State of tables is read in place, shard by shard where they are sharded; by how many ranks it was saved does not
+    matter. That of torch's optimizers is read without a template to fill: one that has not stepped yet has no state
+    tensors, and those of the checkpoint would silently be left out.
 
     Raises:
         FileNotFoundError: not a checkpoint.
@@ -188,18 +204,23 @@ def load_optimizer_tensors(path: Path, optimizer: Optimizer) -> None:
     """
     if not (path / STATE_FILE).is_file():
         raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
-    with _single_process_is_fine():
-        try:
-            saved = _load_state_dict_from_keys("optimizer", checkpoint_id=str(path))["optimizer"]
-        except KeyError as error:
-            raise ValueError(f"{path}: holds no optimizer") from error
-    # torch.distributed.checkpoint drops empty dicts and makes all keys text: with "0" for 0 torch's optimizers would
-    # silently start anew.
-    restored = {name: {} for name, part in optimizer.state_dict().items() if not part} | saved
-    for name, part in restored.items():
-        if "param_groups" in part:
-            state = {int(key): value for key, value in part.get("state", {}).items()}
-            restored[name] = {**part, "state": state}
+    restored = optimizer.state_dict()
+    plain = {name for name, part in restored.items() if "param_groups" in part}
+    in_place = {name: part for name, part in restored.items() if name not in plain}
+    try:
+        with _single_process_is_fine():
+            saved = _load_state_dict_from_keys({f"optimizer.{name}" for name in plain}, checkpoint_id=str(path))
+            if any(True for _ in _tensors(in_place)):
+                load({"optimizer": in_place}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+        parts = {name: saved["optimizer"][name] for name in plain}
+    except KeyError as error:
+        raise ValueError(f"{path}: holds no optimizer {error}") from error
+    except CheckpointException as error:
+        cause = next((str(failure[0]) for failure in error.failures.values()), str(error))
+        raise ValueError(f"{path}: holds another optimizer: {cause}") from error
+    # torch.distributed.checkpoint makes all keys text: with "0" for 0 torch's optimizers would silently start anew.
+    for name, part in parts.items():
+        restored[name] = {**part, "state": {int(key): value for key, value in part.get("state", {}).items()}}
     optimizer.load_state_dict(restored)
 
 
@@ -221,6 +242,28 @@ def _single_process_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
         yield
+
+
+def _on_first_rank(task: Callable[[], str]) -> str:
+    """What ``task`` returns on the first rank, on all of them; OSError on all where it fails there.
+
+    Also a barrier: nobody goes on before it is done.
+    """
+    if not dist.is_initialized():
+        return task()
+    result, failure = "", None
+    if dist.get_rank() == 0:
+        try:
+            result = task()
+        except OSError as error:
+            failure = error
+    code = 0 if failure is None else failure.errno or errno.EIO
+    first = json.loads(gather_texts(json.dumps([result, code, str(failure)]))[0])
+    if failure is not None:
+        raise failure
+    if first[1]:
+        raise OSError(first[1], f"rank 0: {first[2]}")
+    return str(first[0])
 
 
 def _step_of(path: Path) -> int:

@@ -7,6 +7,7 @@ directory never matters. ``--config-dir DIR`` adds a folder of the user's own.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,16 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+
+# What keeps Hydra from making a folder and a log file, and our loggers from the screen.
+SILENT = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "++hydra.job_logging.loggers.recemb.level=ERROR",
+    "++hydra.job_logging.loggers.data_pipelines.level=ERROR",
+    "++hydra.job_logging.loggers.torchrec.level=ERROR",
+)
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -78,4 +89,7 @@ def run(task: Callable[[dict[str, Any]], Any], config_name: str) -> None:
             raise
 
     sys.argv = [sys.argv[0], *rewrite(sys.argv[1:])]
+    if os.environ.get("RANK", "0") != "0":
+        # Of several processes that torchrun started the first alone writes, and tells the others where.
+        sys.argv += SILENT
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(call)()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recemb.fused import FusedTables
@@ -111,11 +113,9 @@ class TrainingOptimizer:
             self.sharded.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors are the live ones, not copies."""
-        sharded = {} if self.sharded is None else {"sharded": self.sharded.state_dict()}
+        """Tensors are the live ones, not copies; the same keys whether tables are sharded or not."""
         return {
-            **sharded,
-            "fused": {path: tables.optimizer_state() for path, tables in self.fused.items()},
+            "fused": self._table_states(),
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
         }
 
@@ -125,14 +125,48 @@ class TrainingOptimizer:
         Raises:
             ValueError: state of other tables or optimizers.
         """
-        expected = {"fused", *self.optimizers, *(["sharded"] if self.sharded is not None else [])}
+        expected = {"fused", *self.optimizers}
         if set(state) != expected:
             raise ValueError(f"optimizer state must have {sorted(expected)}, got {sorted(state)}")
-        if set(state["fused"]) != set(self.fused):
-            raise ValueError(f"optimizer state must be of tables {sorted(self.fused)}, got {sorted(state['fused'])}")
+        current = self._table_states()
+        if set(state["fused"]) != set(current):
+            raise ValueError(f"optimizer state must be of tables {sorted(current)}, got {sorted(state['fused'])}")
         for path, tables in self.fused.items():
             tables.load_optimizer_state(state["fused"][path])
         if self.sharded is not None:
-            self.sharded.load_state_dict(state["sharded"])
+            _load_sharded_states(current, state["fused"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
+
+    def _table_states(self) -> dict[str, dict[str, list[Tensor]]]:
+        """Collection path -> table -> its state tensors, of all ranks where tables are sharded."""
+        if self.sharded is None:
+            return {path: tables.optimizer_state() for path, tables in self.fused.items()}
+        states: dict[str, dict[str, list[Tensor]]] = {}
+        for key, state in self.sharded.state_dict()["state"].items():
+            path, _, table = key.removesuffix(".weight").rpartition("embedding_bags.")
+            states.setdefault(path.rstrip("."), {})[table] = [state[name] for name in sorted(state)]
+        return states
+
+
+@torch.no_grad()
+def _load_sharded_states(
+    current: Mapping[str, Mapping[str, Sequence[Tensor]]], state: Mapping[str, Mapping[str, Sequence[Tensor]]]
+) -> None:
+    """Copy optimizer state of the same sharding into the shards of this rank.
+
+    Raises:
+        ValueError: other tables, numbers of tensors or shapes.
+    """
+    for path, tables in current.items():
+        shapes = {name: [tuple(tensor.size()) for tensor in tensors] for name, tensors in tables.items()}
+        came = {name: [tuple(tensor.size()) for tensor in tensors] for name, tensors in state[path].items()}
+        if shapes != came:
+            raise ValueError(f"optimizer state of {path!r} must have shapes {shapes}, got {came}")
+        for name, tensors in tables.items():
+            for old, new in zip(tensors, state[path][name], strict=True):
+                if isinstance(old, ShardedTensor) and isinstance(new, ShardedTensor):
+                    for shard, source in zip(old.local_shards(), new.local_shards(), strict=True):
+                        shard.tensor.copy_(source.tensor)
+                else:
+                    old.copy_(new)

@@ -21,8 +21,15 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    ParameterConstraints,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -36,6 +43,8 @@ from recemb.optimizers import EmbeddingOptimizer
 
 # Column-wise is left out: its row-wise Adagrad state cannot be loaded by another number of ranks.
 SHARDING_TYPES = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
+# Of a rank's memory, for dense layers, activations and what the frameworks take.
+RESERVED_FRACTION = 0.15
 _OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": Adagrad,
@@ -78,7 +87,7 @@ def plan_shards(
         local_world_size: ranks of one machine; all of them where None.
         placement: physical-table-name pattern -> sharding types allowed (``"table_wise"``, ``"row_wise"``); first match
             wins, all are allowed where none does.
-        device_memory_bytes: memory of one rank; TorchRec's default where None.
+        device_memory_bytes: memory of one rank, 15% of which are kept free; TorchRec's default where None.
         caching: keep tables in host memory behind a cache on the device (``managed_caching``, CUDA only).
 
     Raises:
@@ -95,15 +104,24 @@ def plan_shards(
         if isinstance(module, EmbeddingBagCollection)
         for config in module.embedding_bag_configs()
     }
-    memory = {} if device_memory_bytes is None else _memory_argument(device_type, device_memory_bytes)
-    topology = Topology(
-        world_size=world_size,
-        local_world_size=local_world_size or world_size,
-        compute_device=device_type,
-        **memory,
+    # On CPU TorchRec places tables in "ddr" memory, on CUDA in "hbm".
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=world_size,
+            local_world_size=local_world_size or world_size,
+            hbm_cap_bytes=device_memory_bytes if device_type == "cuda" else None,
+            ddr_cap_bytes=device_memory_bytes if device_type == "cpu" else None,
+        ),
+        kernel_config=KernelConfig(compute_device=device_type),
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        constraints=constraints,
+        # TorchRec's default guesses the dense layers from their tensors, wrongly for meta ones.
+        storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_FRACTION),
     )
     try:
-        return EmbeddingShardingPlanner(topology=topology, constraints=constraints).plan(model, sharders())
+        return planner.plan(model, sharders())
     except PlannerError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -207,8 +225,3 @@ def _keep_initial_values(model: nn.Module) -> None:
         if isinstance(module, EmbeddingBagCollection) and module.device.type != "meta":
             for config in module.embedding_bag_configs():
                 config.init_fn = torch.nn.init.zeros_
-
-
-def _memory_argument(device_type: str, size: int) -> dict[str, int]:
-    # On CPU TorchRec places tables in "ddr" memory, on CUDA in "hbm".
-    return {"hbm_cap": size} if device_type == "cuda" else {"ddr_cap": size}

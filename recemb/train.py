@@ -3,6 +3,7 @@
     python -m recemb.train +experiment=criteo
     python -m recemb.train data=parquet data.path=DIR embedding=unified embedding.budget=10x seed=1
     python -m recemb.train resume=RUN_FOLDER
+    torchrun --nproc-per-node 2 -m recemb.train +experiment=criteo
 
 Every key: ``configs/train.yaml`` and the groups beside it.
 """
@@ -19,13 +20,16 @@ from recemb import command_line
 def task(config: dict[str, Any]) -> float:
     """Run, or continue, the training that ``config`` describes; the validation metric, for Hydra's sweepers."""
     # Here, because they import torch: `--help` need not wait for it.
+    from recemb.ranks import joined_ranks
     from recemb.training.report import summary_table
     from recemb.training.resume import config_to_train
     from recemb.training.run import train
 
-    content = config_to_train(config, HydraConfig.get().overrides.task)
-    results = train(content, continues=config["resume"] is not None)
-    print(f"\n{summary_table(results)}")
+    with joined_ranks() as ranks:
+        content = config_to_train(config, HydraConfig.get().overrides.task)
+        results = train(content, continues=config["resume"] is not None, ranks=ranks)
+    if ranks.is_first:
+        print(f"\n{summary_table(results)}")
     return float(next(value for key, value in results["validation"].items() if key in ("auc", "logloss")))
 
 

@@ -99,7 +99,7 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
                 optimizer.step()
             outputs = sharded(batch_of(rank, single=False)).detach()
             torch.save(outputs, folder / f"{name}-{placement}-{rank}.pt")
-            state = {"model": sharded.state_dict(), "tables": optimizer.state_dict()["sharded"]}
+            state = {"model": sharded.state_dict(), "tables": optimizer.state_dict()["fused"]}
             dcp.save(state, checkpoint_id=str(folder / f"{name}-{placement}"))
     dist.destroy_process_group()
 

@@ -80,6 +80,7 @@ def collect(
     *,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
+    in_lockstep: bool = False,
 ) -> Predictions:
     """Run ``model`` over ``batches`` without gradients; with a process group, the rows of all ranks, on every rank.
 
@@ -90,10 +91,12 @@ def collect(
         batches: a ParquetLoader of this rank; its ``extra_columns`` become columns of the result.
         device: where the model lives.
         on_batch: called with the rows of each finished batch, for a progress bar.
+        in_lockstep: the model communicates in every batch, as sharded tables do: ranks must have equally many batches.
 
     Raises:
         ValueError: NaN/inf logits (batch and row named), logits of another shape, no batch at all. With a process
-            group, an error of one rank is raised on all of them, where otherwise the others would wait for ever.
+            group, an error of one rank is raised on all of them, where otherwise the others would wait for ever; in
+            lockstep it is raised on that rank only, because the others are inside the model and cannot be told.
     """
     error: Exception | None = None
     rows = _Rows()
@@ -113,6 +116,8 @@ def collect(
     finally:
         if isinstance(model, torch.nn.Module):
             model.train(training)
+    if error is not None and in_lockstep:
+        raise error
     failures = gather_texts("" if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -10,13 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from recemb.checkpoint import Checkpoints, Optimizer, load_model_tensors, load_optimizer_tensors, load_state
 from recemb.collection import compressed_groups
 from recemb.data.batch import Batch
-from recemb.training.metrics_log import MetricsLog
+from recemb.evaluation.gather import gather_texts
+from recemb.ranks import is_first_rank, sum_over_ranks
+from recemb.training.metrics_log import StepLog
 from recemb.training.progress import Progress
 from recemb.training.randomness import random_state, restore_random_state
 from recemb.training.schedule import LearningRateSchedule
@@ -48,7 +52,7 @@ class LoopSettings:
 
     Args:
         total_steps: steps of the whole training.
-        batch_size: rows of a full batch, to name the rows of a bad one.
+        batch_size: rows of a full batch of one rank, to name the rows of a bad one.
         precision: ``"fp32"``, or ``"bf16"``: autocast of the dense layers; tables, loss and optimizer stay fp32.
         log_every_steps: a line in metrics.jsonl and TensorBoard, and a look at the loss on CUDA.
         validate_every_steps: besides the end of every epoch; None: only there.
@@ -122,17 +126,24 @@ class TrainingLoop:
         last = self.checkpoints.last
         if last is None:
             raise FileNotFoundError(f"{self.checkpoints.folder}: no checkpoint to resume from")
+        state = load_state(last)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if len(state["random"]) != world_size:
+            raise ValueError(
+                f"{last}: a run of {len(state['random'])} ranks goes on with as many, got {world_size}; its place in "
+                "the data is that of each rank. Its model can be evaluated with any number"
+            )
+        self.loader.load_state_dict(state["loader"])
         load_model_tensors(last, self.model)
         load_optimizer_tensors(last, self.optimizer)
-        state = load_state(last)
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.stopping.load_state_dict(state["stopping"])
-        self.loader.load_state_dict(state["loader"])
-        restore_random_state(state["random"])
-        self.checkpoints.repair_best(self.stopping.best_step)
+        restore_random_state(state["random"][rank])
+        if is_first_rank():
+            self.checkpoints.repair_best(self.stopping.best_step)
         logger.info("resumed from %s: %d of %d steps done", last, self.step, self.settings.total_steps)
 
-    def run(self, log: MetricsLog, progress: Progress) -> None:
+    def run(self, log: StepLog, progress: Progress) -> None:
         """Train to the end.
 
         Raises:
@@ -168,7 +179,7 @@ class TrainingLoop:
         for group in self._groups:
             group.after_step(self.step)
 
-    def _after_step(self, log: MetricsLog, progress: Progress) -> None:
+    def _after_step(self, log: StepLog, progress: Progress) -> None:
         settings = self.settings
         validates = self.step == settings.total_steps or any(
             every is not None and self.step % every == 0
@@ -192,7 +203,7 @@ class TrainingLoop:
         if saves or validates:
             self._clock = time.perf_counter()
 
-    def _log(self, log: MetricsLog, progress: Progress) -> None:
+    def _log(self, log: StepLog, progress: Progress) -> None:
         losses = torch.stack(self._window).tolist()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
@@ -200,16 +211,18 @@ class TrainingLoop:
         now = time.perf_counter()
         elapsed, self._clock = now - self._clock, now
         self.seconds += elapsed
-        self.samples += self._window_samples
-        loss = math.fsum(losses) / len(losses)
+        # Of all ranks, whose batches count alike.
+        loss, samples, ranks = sum_over_ranks([math.fsum(losses) / len(losses), self._window_samples, 1], self.device)
+        loss /= ranks
+        self.samples += int(samples)
         values = {
             "loss": loss,
             "learning_rate_factor": self._factor or 0.0,
-            "samples_per_second": self._window_samples / elapsed,
+            "samples_per_second": samples / elapsed,
             "epoch": self.step / self._steps_per_epoch,
         }
         log.write(self.step, "train", values)
-        progress.update(step=self.step, num_samples=self._window_samples, loss=loss)
+        progress.update(step=self.step, num_samples=int(samples), loss=loss)
         self._window.clear()
         self._window_samples = 0
 
@@ -219,7 +232,7 @@ class TrainingLoop:
             "seconds": self.seconds,
             "stopping": self.stopping.state_dict(),
             "loader": self.loader.state_dict(),
-            "random": random_state(),
+            "random": [json.loads(text) for text in gather_texts(json.dumps(random_state()))],
             "run": self.description,
         }
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}

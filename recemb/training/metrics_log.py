@@ -6,11 +6,24 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from recemb.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
+
+
+class StepLog(Protocol):
+    """Takes the figures of a step."""
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None: ...
+
+
+class NoLog:
+    """For ranks that write no files."""
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Nothing."""
 
 
 class MetricsLog:

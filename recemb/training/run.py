@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,14 @@ from recemb.data.parquet import ParquetLoader
 from recemb.data_source import open_data_set
 from recemb.evaluation import metrics
 from recemb.evaluation.evaluator import Evaluation, evaluate_predictions
-from recemb.evaluation.predictions import collect
+from recemb.evaluation.predictions import Predictions, collect
 from recemb.files import write_json
 from recemb.preparation import prepare
+from recemb.ranks import ALONE, Ranks
 from recemb.run_folder import RESULTS_FILE, RunFolder, git_state
 from recemb.training.loop import LoopSettings, TrainingLoop
-from recemb.training.metrics_log import MetricsLog
+from recemb.training.metrics_log import MetricsLog, NoLog
+from recemb.training.precision import warn_where_bf16_is_slow
 from recemb.training.progress import Progress
 from recemb.training.randomness import seed_everything
 from recemb.training.report import write_report
@@ -48,12 +52,14 @@ class _Data:
     test: ParquetLoader
 
 
-def train(content: Mapping[str, Any], *, continues: bool = False) -> dict[str, Any]:
+def train(content: Mapping[str, Any], *, continues: bool = False, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Train, evaluate and report into ``paths.run``.
 
     Args:
         content: ``configs/train.yaml`` as a plain dict, resolved.
         continues: go on with the run in ``paths.run``, whose config this is.
+        ranks: of this run, see ``recemb.ranks.joined_ranks``; the first rank's ``content`` counts. With several,
+            ``trainer.batch_size`` is that of each.
 
     Returns:
         What results.json holds.
@@ -61,33 +67,47 @@ def train(content: Mapping[str, Any], *, continues: bool = False) -> dict[str, A
     Raises:
         ValueError, OSError: bad config, data, budget; NaN loss; full disk. See the parts.
     """
-    config = TrainConfig.parse(content)
-    folder = RunFolder(Path(config.paths.run))
-    with folder.locked():
-        if not continues:
-            folder.begin(content)
-        elif (results := folder.results()) is not None:
-            logger.info("%s: the run is finished", folder.path)
+    with ExitStack() as stack:
+        results = _begin(content, continues, stack) if ranks.is_first else None
+        content, results = ranks.share("run", (dict(content), results))
+        if results is not None:
             return results
-        return _Run(config, content, folder).to_the_end()
+        config = TrainConfig.parse(content)
+        device = ranks.device(_device(config.trainer.device))
+        stack.enter_context(ranks.process_group(device))
+        return _Run(config, content, device, ranks).to_the_end()
+
+
+def _begin(content: Mapping[str, Any], continues: bool, stack: ExitStack) -> dict[str, Any] | None:
+    """Begin the run's folder and keep it locked as long as ``stack``; its results if it is finished already."""
+    folder = RunFolder(Path(TrainConfig.parse(content).paths.run))
+    stack.enter_context(folder.locked())
+    if not continues:
+        folder.begin(content)
+    elif (results := folder.results()) is not None:
+        logger.info("%s: the run is finished", folder.path)
+        return results
+    return None
 
 
 class _Run:
     """The parts of a run, in the order they are made."""
 
-    def __init__(self, config: TrainConfig, content: Mapping[str, Any], folder: RunFolder) -> None:
+    def __init__(self, config: TrainConfig, content: Mapping[str, Any], device: torch.device, ranks: Ranks) -> None:
         trainer = config.trainer
         if trainer.threads is not None:
             torch.set_num_threads(trainer.threads)
         self.config = config
-        self.folder = folder
-        self.device = _device(trainer.device)
-        self.data = _open(config, _started_on(folder))
+        self.folder = folder = RunFolder(Path(config.paths.run))
+        self.device = device
+        self.ranks = ranks
+        self.data = _open(config, _started_on(folder), ranks)
         # After the data, whose preparation may draw numbers of its own or, when it is there already, none.
         seed_everything(config.seed)
         inputs = ModelInputs.of(self.data.manifest)
         embedding_optimizer = build_target(config.optimizer.embedding)
         model, self.memory = build_model(config.embedding, config.model, inputs, embedding_optimizer)
+        self.dense_parameters = _dense_parameters(model)
         self.model, optimizer = prepare(
             model, embedding_optimizer, build_target(config.optimizer.dense), device=self.device
         )
@@ -135,41 +155,52 @@ class _Run:
         logger.info(
             "training on %s (%s rows), %s: %s bytes of tables instead of %s",
             self.data.manifest.root,
-            f"{self.data.train.num_rows:,}",
+            f"{self.data.manifest.split('train').rows:,}",
             self.config.embedding.method_name,
             f"{self.memory.serving_bytes:,}",
             f"{self.memory.full_bytes:,}",
         )
         loop = self.loop
         tune_allocators()
+        if self.config.trainer.precision == "bf16":
+            warn_where_bf16_is_slow(self.device)
         if self.folder.checkpoints.last is not None:
             loop.resume()
-        total = min(loop.settings.total_steps * self.config.trainer.batch_size, self._epoch_rows())
-        with (
-            MetricsLog(self.folder.path, resume_step=loop.step) as log,
-            Progress(total, done_samples=loop.samples) as progress,
-        ):
-            loop.run(log, progress)
+        rows_per_step = self.config.trainer.batch_size * self.ranks.world_size
+        rows = self.config.trainer.epochs * self.data.manifest.split("train").rows
+        total = min(loop.settings.total_steps * rows_per_step, rows)
+        terminal = None if self.ranks.is_first else False
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress(total, done_samples=loop.samples, terminal=terminal))
+            if self.ranks.is_first:
+                loop.run(stack.enter_context(MetricsLog(self.folder.path, resume_step=loop.step)), progress)
+            else:
+                loop.run(NoLog(), progress)
         best = self.folder.checkpoints.best
         assert best is not None, "every training ends with a validation"
         load_model_tensors(best, self.model)
         users = self.data.manifest.user
-        evaluation = evaluate_predictions(collect(self.model, self.data.test, device=self.device), user_column=users)
-        results = self._results(evaluation)
-        write_json(self.folder.path / "memory.json", self.memory.to_dict())
-        write_report(self.folder.path, results, evaluation, self.memory)
-        write_json(self.folder.path / RESULTS_FILE, results)
-        return results
+        predictions = self._predict(self.data.test)
+        results: dict[str, Any] = {}
+        if self.ranks.is_first:
+            evaluation = evaluate_predictions(predictions, user_column=users)
+            results = self._results(evaluation)
+            write_json(self.folder.path / "memory.json", self.memory.to_dict())
+            write_report(self.folder.path, results, evaluation, self.memory)
+            write_json(self.folder.path / RESULTS_FILE, results)
+        return self.ranks.share("results", results)
+
+    def _predict(self, loader: ParquetLoader) -> Predictions:
+        """Predictions of all ranks on every rank."""
+        return collect(self.model, loader, device=self.device, in_lockstep=self.ranks.world_size > 1)
 
     def _validate(self) -> dict[str, float]:
-        predictions = collect(self.model, self.data.validation, device=self.device)
+        predictions = self._predict(self.data.validation)
+        # The same rows in the same order on every rank, so the same figures: all decide alike about stopping.
         return {
             "auc": metrics.auc(predictions.labels, predictions.scores),
             "logloss": metrics.mean(predictions.losses()),
         }
-
-    def _epoch_rows(self) -> int:
-        return self.config.trainer.epochs * self.data.train.num_rows
 
     def _results(self, evaluation: Evaluation) -> dict[str, Any]:
         manifest, loop = self.data.manifest, self.loop
@@ -184,7 +215,7 @@ class _Run:
             "validation": {
                 "best_step": self.stopping.best_step,
                 self.stopping.metric: self.stopping.best_value,
-                "rows": self.data.validation.num_rows,
+                "rows": self.data.manifest.split("validation").rows,
             },
             "embedding": {
                 "method": self.config.embedding.method_name,
@@ -205,16 +236,18 @@ class _Run:
                 "stopped_early": self.stopping.should_stop,
                 "device": str(self.device),
                 "precision": self.config.trainer.precision,
-                "dense_parameters": _dense_parameters(self.model),
+                "dense_parameters": self.dense_parameters,
+                "ranks": self.ranks.world_size,
             },
             "data": _data_results(manifest),
             "git": git_state(),
         }
 
 
-def _open(config: TrainConfig, started_on: str | None) -> _Data:
+def _open(config: TrainConfig, started_on: str | None, ranks: Ranks) -> _Data:
     if started_on is None:
-        manifest = open_data_set(config.data)
+        # A synthetic log is made by one rank and found by the others.
+        manifest = ranks.first_then_others("data", lambda: open_data_set(config.data))
     else:
         # Not data.path: what lies there now need not be what the run started on.
         manifest = Manifest.load(started_on)
@@ -223,17 +256,17 @@ def _open(config: TrainConfig, started_on: str | None) -> _Data:
         if manifest.split(name).rows == 0:
             raise ValueError(f"{manifest.root}: split {name!r} has no rows; early stopping and results need both")
     extra = [manifest.user] if manifest.user is not None else []
+    loader = functools.partial(ParquetLoader, manifest, rank=ranks.rank, world_size=ranks.world_size)
     return _Data(
         manifest,
-        ParquetLoader(
-            manifest,
+        loader(
             "train",
             batch_size=config.trainer.batch_size,
             shuffle=config.data.shuffle,
             seed=config.seed,
         ),
-        ParquetLoader(manifest, "validation", batch_size=EVALUATION_BATCH_SIZE),
-        ParquetLoader(manifest, "test", batch_size=EVALUATION_BATCH_SIZE, extra_columns=extra),
+        loader("validation", batch_size=EVALUATION_BATCH_SIZE),
+        loader("test", batch_size=EVALUATION_BATCH_SIZE, extra_columns=extra),
     )
 
 
@@ -269,7 +302,8 @@ def _device(name: str) -> torch.device:
 
 
 def _compile_dense_part(model: nn.Module) -> None:
-    head = getattr(model, "head", None)
+    # Sharded models hold theirs as ``module``.
+    head = getattr(getattr(model, "module", model), "head", None)
     if not isinstance(head, nn.Module):
         raise ValueError(f"trainer.compile compiles model.head, and {type(model).__name__} has none; set it to false")
     head.compile()
