@@ -124,8 +124,7 @@ class ChunkEncoder:
     def _numeric(self, raw: pa.RecordBatch, column: NumericColumn) -> dict[str, pa.Array]:
         numbers = raw.column(column.name)
         values = transforms.to_float64(numbers)
-        row = transforms.first_not_finite(values, numbers.is_null().to_numpy(zero_copy_only=False))
-        if row is not None:
+        if pa.types.is_floating(numbers.type) and (row := transforms.first_not_finite(values, numbers)) is not None:
             raise RowError(
                 row,
                 f"column {column.name!r}: numbers must be finite (missing ones null), got {numbers[row].as_py()!r}",

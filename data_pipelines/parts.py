@@ -174,7 +174,7 @@ class PartWriter:
         for name, remap in self._remaps.items():
             column = columns[name]
             is_list = pa.types.is_list(column.type)
-            ids = remap[(column.flatten() if is_list else column).to_numpy()]
+            ids = np.take(remap, (column.flatten() if is_list else column).to_numpy(), mode="clip")
             unknown[name] += len(ids) - int(np.count_nonzero(ids != OUT_OF_VOCABULARY))
             columns[name] = pa.array(ids)
             if is_list:

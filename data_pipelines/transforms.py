@@ -17,9 +17,14 @@ def to_float64(column: pa.Array) -> Numbers:
     return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
 
 
-def first_not_finite(values: Numbers, missing: npt.NDArray[np.bool_]) -> int | None:
-    """Index of the first value that is there and is NaN, infinite or too large for float32; None when all are fine."""
-    wrong = ~(np.abs(values) <= np.finfo(np.float32).max) & ~missing
+def first_not_finite(values: Numbers, column: pa.Array) -> int | None:
+    """Index of the first value that is there and is NaN, infinite or too large for float32; None when all are fine.
+
+    Args:
+        values: (N,) what to_float64 made of column.
+        column: (N,) raw numbers.
+    """
+    wrong = ~(np.abs(values) <= np.finfo(np.float32).max) & column.is_valid().to_numpy(zero_copy_only=False)
     return int(wrong.argmax()) if wrong.any() else None
 
 
