@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -107,7 +108,11 @@ class StoppingConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """The step loop; every count is in steps (batches of one process)."""
+    """The step loop; every count is in steps.
+
+    Args:
+        validate_every_steps: a number of steps, or a fraction of an epoch in (0, 1).
+    """
 
     epochs: int
     max_steps: int | None
@@ -117,7 +122,7 @@ class TrainerConfig:
     compile: bool
     threads: int | None
     log_every_steps: int
-    validate_every_steps: int | None
+    validate_every_steps: int | float | None
     checkpoint_every_steps: int | None
     schedule: ScheduleConfig
     stopping: StoppingConfig
@@ -125,8 +130,19 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "max_steps", "batch_size", "threads"):
             _at_least_one(f"trainer.{name}", getattr(self, name))
-        for name in ("log_every_steps", "validate_every_steps", "checkpoint_every_steps"):
+        for name in ("log_every_steps", "checkpoint_every_steps"):
             _at_least_one(f"trainer.{name}", getattr(self, name))
+        every = self.validate_every_steps
+        if every is not None and not (0 < every < 1 or (every >= 1 and isinstance(every, int))):
+            raise ValueError(
+                "trainer.validate_every_steps must be a whole number of steps, a fraction of an epoch below 1 or null, "
+                f"got {every}"
+            )
+
+    def steps_between_validations(self, steps_per_epoch: int) -> int | None:
+        """``validate_every_steps`` in steps, a fraction rounded up."""
+        every = self.validate_every_steps
+        return math.ceil(every * steps_per_epoch) if isinstance(every, float) else every
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,16 @@ def test_values_of_another_type_or_out_of_range_are_named(override, message):
         TrainConfig.parse(resolved(override))
 
 
+def test_validations_come_after_steps_or_fractions_of_an_epoch():
+    every = {"0.25": 49, "50": 50, "null": None, "0.001": 1}
+    for text, steps in every.items():
+        trainer = TrainConfig.parse(resolved(f"trainer.validate_every_steps={text}")).trainer
+        assert trainer.steps_between_validations(196) == steps
+    for text in ("0", "-1", "1.5", "1.0"):
+        with pytest.raises(ValueError, match=rf"validate_every_steps must be a whole number .*got {text}"):
+            TrainConfig.parse(resolved(f"trainer.validate_every_steps={text}"))
+
+
 def test_whole_numbers_are_fine_where_fractions_are_meant():
     assert TrainConfig.parse(resolved("trainer.stopping.min_delta=1")).trainer.stopping.min_delta == 1.0
 

@@ -128,7 +128,7 @@ class _Run:
                 batch_size=trainer.batch_size,
                 precision=trainer.precision,
                 log_every_steps=trainer.log_every_steps,
-                validate_every_steps=trainer.validate_every_steps,
+                validate_every_steps=trainer.steps_between_validations(len(self.data.train)),
                 checkpoint_every_steps=trainer.checkpoint_every_steps,
             ),
             schedule=LearningRateSchedule(
