@@ -30,6 +30,8 @@ from recemb.files import sync_folder, write_json
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
+# Less than this free after a failed write: the disk is full, whatever the writer said.
+_FULL_BYTES = 1 << 16
 
 
 class Optimizer(Protocol):
@@ -80,8 +82,11 @@ class Checkpoints:
                 save(dict(tensors), checkpoint_id=str(partial), no_dist=not dist.is_initialized())
             _on_first_rank(lambda: self._finish(final, partial, {"step": step, **state}))
         except (OSError, CheckpointException) as error:
+            # Before what was written is removed. torch's writer calls a full disk "unexpected pos".
+            free = shutil.disk_usage(self.folder).free
             shutil.rmtree(partial, ignore_errors=True)
-            self._check_space(final, needed)
+            if free < max(_FULL_BYTES, needed // 100):
+                raise _disk_full(final, needed, free) from error
             causes = (
                 [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
             )
@@ -165,11 +170,7 @@ class Checkpoints:
     def _check_space(self, path: Path, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"disk full: the checkpoint needs {needed:,} bytes, {free:,} are free; earlier checkpoints are whole",
-                str(path),
-            )
+            raise _disk_full(path, needed, free)
 
 
 def load_model_tensors(path: Path, model: nn.Module) -> None:
@@ -264,6 +265,11 @@ def _on_first_rank(task: Callable[[], str]) -> str:
     if first[1]:
         raise OSError(first[1], f"rank 0: {first[2]}")
     return str(first[0])
+
+
+def _disk_full(path: Path, needed: int, free: int) -> OSError:
+    text = f"disk full: the checkpoint needs {needed:,} bytes, {free:,} are free; earlier checkpoints are whole"
+    return OSError(errno.ENOSPC, text, str(path))
 
 
 def _step_of(path: Path) -> int:

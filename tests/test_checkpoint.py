@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from recemb import checkpoint
 from recemb.checkpoint import STATE_FILE, Checkpoints, load_model_tensors, load_optimizer_tensors, load_state
@@ -143,6 +144,24 @@ def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(tmp_path, monkeypat
         assert caught.value.errno == errno.ENOSPC
     assert weight(checkpoints.last) == weight(checkpoints.best) == 10
     assert steps_on_disk(checkpoints) == [10]
+
+
+def test_a_disk_that_fills_up_while_torch_writes_is_called_full(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 10, 10)
+    usage = namedtuple("usage", "total used free")
+    answers = iter([usage(10**6, 0, 10**6), usage(10**6, 10**6, 500)])
+
+    def writer(*arguments, **named):
+        raise CheckpointException("save", {0: (RuntimeError("unexpected pos 704 vs 598"), None)})
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: next(answers))
+    monkeypatch.setattr(checkpoint, "save", writer)
+    with pytest.raises(OSError, match="disk full: the checkpoint needs 36 bytes, 500 are free") as caught:
+        save(checkpoints, 20, 20)
+    assert caught.value.errno == errno.ENOSPC
+    assert steps_on_disk(checkpoints) == [10]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_model_of_another_shape_or_with_another_tensor_is_refused(tmp_path):
