@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
 from recemb.method import Method
+from recemb.methods.cafe import Cafe
 from recemb.methods.cce import ClusteredCompositional
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
@@ -23,7 +24,10 @@ from tests.embedding_cases import KEYS, bags, small_tables
 from tests.test_sharding import Model
 
 WORLD_SIZE, STEPS = 2, 6
-METHODS: dict[str, Method] = {"cce": partial(ClusteredCompositional, num_clusters=200, cluster_at_steps=[2, 4])}
+METHODS: dict[str, Method] = {
+    "cce": partial(ClusteredCompositional, num_clusters=200, cluster_at_steps=[2, 4]),
+    "cafe": partial(Cafe, num_embeddings=500, threshold=3.0, decay=0.5),
+}
 
 
 def ids_of(rank: int, step: int) -> list[list[list[int]]]:
@@ -98,6 +102,8 @@ def test_ranks_hold_equal_maps_and_train_as_one_process_does(folder: Path, name:
     train(model, optimizer, [0, 1])
     first, second = (torch.load(folder / f"{name}-{placement}-{rank}.pt") for rank in range(WORLD_SIZE))
     alone = maps(model)
+    if name == "cafe":
+        assert int((alone["sketch.hot_rows"] >= 0).sum()) > 10
     assert all(torch.equal(tensor, second[0][key]) for key, tensor in first[0].items())
     assert torch.equal(first[1], second[1])
     # Sums over ranks round otherwise, so that an id between two centroids may fall to the other one.

@@ -12,6 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
 from recemb.method import Method
+from recemb.methods.cafe import Cafe
 from recemb.methods.cce import ClusteredCompositional
 from recemb.methods.full import Full
 from recemb.models.dlrm import DLRM
@@ -51,7 +52,10 @@ def test_methods_are_told_of_every_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert [group.steps for group in compressed_groups(loop.model)] == [list(range(1, 21))]
 
 
-METHODS: dict[str, Method] = {"cce": partial(ClusteredCompositional, num_clusters=5, cluster_at_steps=[4, 9, 13])}
+METHODS: dict[str, Method] = {
+    "cce": partial(ClusteredCompositional, num_clusters=5, cluster_at_steps=[4, 9, 13]),
+    "cafe": partial(Cafe, num_embeddings=50, threshold=2.0, decay=0.5),
+}
 
 
 @pytest.mark.parametrize("name", METHODS)
