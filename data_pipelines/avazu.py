@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_pipelines.command import (
+    DEFAULT_MIN_COUNT,
     add_min_count_option,
     add_split_options,
     as_paths,
@@ -56,7 +57,7 @@ def prepare(
     out: str | Path,
     *,
     split: SplitRule | None = None,
-    min_count: int = 2,
+    min_count: int = DEFAULT_MIN_COUNT,
     overwrite: bool = False,
     workers: int | None = None,
 ) -> Manifest:
@@ -168,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m data_pipelines.avazu``."""
     parser = base_parser("data_pipelines.avazu", __doc__ or "", "raw files (.csv, .gz or Parquet)")
     add_split_options(parser, "random")
-    add_min_count_option(parser, 2)
+    add_min_count_option(parser)
     options = parser.parse_args(arguments)
     run_command(
         parser,
@@ -176,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.raw,
             options.out,
             split=split_rule(options),
-            min_count=options.min_count,
+            min_count=DEFAULT_MIN_COUNT if options.min_count is None else options.min_count,
             overwrite=options.overwrite,
             workers=options.workers,
         ),

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipelines.command import (
+    DEFAULT_MIN_COUNT,
     add_min_count_option,
     add_split_options,
     as_paths,
@@ -53,7 +54,7 @@ def prepare(
     out: str | Path,
     *,
     split: SplitRule | None = None,
-    min_count: int = 2,
+    min_count: int | None = None,
     numeric: Transform = "log1p",
     encoding: Encoding = "vocabulary",
     overwrite: bool = False,
@@ -66,7 +67,8 @@ def prepare(
         raw_paths: files, for splits by time oldest first.
         out: directory to make.
         split: None: random 8:1:1.
-        min_count: train rows a categorical value needs for an id of its own (1 when hashed). Buckets are exempt.
+        min_count: train rows a categorical value needs for an id of its own; None: 2. Buckets are exempt, hashed ids
+            have no count.
         numeric: ``"log1p"``, ``"bucket"``, ``"both"`` or ``"none"`` for all of I1..I13.
         encoding: ``"vocabulary"`` or ``"hash"`` for all of C1..C26.
         overwrite: replace a data set that lies at ``out``.
@@ -77,6 +79,8 @@ def prepare(
         FileNotFoundError, FileExistsError, ValueError, OSError: as ``pipeline.prepare_log``.
     """
     split = split or SplitRule()
+    if min_count is None:
+        min_count = DEFAULT_MIN_COUNT if encoding == "vocabulary" else 1
     paths = as_paths(raw_paths)
     if split.kind != "random":
         check_days_ascend(paths)
@@ -84,10 +88,7 @@ def prepare(
     schema = LogSchema(
         label=LABEL,
         numeric=tuple(NumericColumn(name, numeric) for name in NUMERIC),
-        categorical=tuple(
-            CategoricalColumn(name, encoding=encoding, min_count=min_count if encoding == "vocabulary" else 1)
-            for name in CATEGORICAL
-        ),
+        categorical=tuple(CategoricalColumn(name, encoding=encoding, min_count=min_count) for name in CATEGORICAL),
         day=DAY if DAY in present else None,
         extra=(TRUE_PROBABILITY,) if TRUE_PROBABILITY in present else (),
     )
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m data_pipelines.criteo``."""
     parser = base_parser("data_pipelines.criteo", __doc__ or "", "raw files (.txt/.tsv, .gz or Parquet), oldest first")
     add_split_options(parser, "random")
-    add_min_count_option(parser, 2)
+    add_min_count_option(parser)
     parser.add_argument(
         "--numeric",
         choices=("log1p", "bucket", "both", "none"),

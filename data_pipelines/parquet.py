@@ -166,14 +166,16 @@ def _split(content: Any) -> SplitRule | None:
     if content is None:
         return None
     fields = _mapping(content, "split", ("kind", "fractions", "seed"))
-    fractions = _sequence(fields.get("fractions", [8, 1, 1]), "split: fractions")
-    if len(fractions) != 3 or not all(isinstance(part, int | float) for part in fractions):
-        raise ValueError(f"split: fractions must be three numbers like [8, 1, 1], got {fractions}")
-    seed = fields.get("seed", 0)
-    if not isinstance(seed, int):
+    shares = fields.get("fractions")
+    if shares is not None:
+        shares = _sequence(shares, "split: fractions")
+        if len(shares) != 3 or not all(isinstance(part, int | float) for part in shares):
+            raise ValueError(f"split: fractions must be three numbers like [8, 1, 1], got {shares}")
+        shares = (float(shares[0]), float(shares[1]), float(shares[2]))
+    seed = fields.get("seed")
+    if seed is not None and not isinstance(seed, int):
         raise ValueError(f"split: seed must be an integer, got {seed!r}")
-    train, validation, test = (float(part) for part in fractions)
-    return SplitRule(fields.get("kind", "random"), (train, validation, test), seed)
+    return SplitRule.of(fields.get("kind", "random"), shares, seed)
 
 
 def _column(item: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

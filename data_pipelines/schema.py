@@ -77,6 +77,8 @@ class CategoricalColumn:
         _check_choice(self.name, "encoding", self.encoding, get_args(Encoding))
         if not self.table:
             object.__setattr__(self, "table", self.name)
+        if "/" in self.table:
+            raise ValueError(f"column {self.name!r}: the table names a file and must not hold '/', got {self.table!r}")
         if self.min_count < 1:
             raise ValueError(
                 f"column {self.name!r}: min_count must be at least 1 (rows of train), got {self.min_count}"

@@ -45,6 +45,21 @@ class SplitRule:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"split: seed must be in [0, 2**64), got {self.seed}")
 
+    @classmethod
+    def of(
+        cls, kind: SplitKind, fractions: tuple[float, float, float] | None = None, seed: int | None = None
+    ) -> SplitRule:
+        """A rule from what a user gave (None: nothing); a setting that ``kind`` would ignore is an error.
+
+        Raises:
+            ValueError: fractions for last-day, a seed for anything but random, or a value that makes no sense.
+        """
+        if kind == "last-day" and fractions is not None:
+            raise ValueError("split last-day: takes no fractions, the last day is halved")
+        if kind != "random" and seed is not None:
+            raise ValueError(f"split {kind}: takes no seed, only random does")
+        return cls(kind, fractions or cls.fractions, seed or 0)
+
     @property
     def cumulative(self) -> tuple[float, float]:
         """Shares of all rows at which validation and test begin."""

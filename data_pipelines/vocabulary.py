@@ -5,7 +5,7 @@ which decides nothing), the train rows among them are counted, and the counts de
 no id of its own, then 1.. by descending train count, ties by value. Provisional order depends on threads, final ids do
 not.
 
-Memory: about 60 bytes and the text for each distinct value of the log, whatever the number of rows.
+Memory: about 120 bytes for each distinct value of the log (of 8 characters), whatever the number of rows.
 
 Shapes: N rows, V distinct values of a table (with missing), K ids.
 """

@@ -222,9 +222,15 @@ def test_command_line_prepares_and_says_errors_in_one_line(tmp_path: Path, capsy
     assert stop.value.code == 1
     assert "exists already" in capsys.readouterr().err
     criteo.main([*arguments, "--overwrite"])
-    with pytest.raises(SystemExit):
-        criteo.main([*arguments, "--fractions", "8:2"])
-    assert "8:1:1" in capsys.readouterr().err
+    for wrong, message in [
+        (["--fractions", "8:2"], "three numbers like 8:1:1"),
+        (["--split", "last-day"], "takes no fractions"),
+        (["--seed", "1"], "takes no seed"),
+        (["--encoding", "hash", "--min-count", "3"], "min_count needs encoding 'vocabulary'"),
+    ]:
+        with pytest.raises(SystemExit):
+            criteo.main([*arguments, *wrong])
+        assert message in capsys.readouterr().err
 
 
 REAL_LOG = Path(__file__).parents[3] / "shared" / "data" / "criteo_head80k.parquet"

@@ -203,6 +203,9 @@ def test_the_example_in_the_documentation_is_a_schema(tmp_path: Path) -> None:
         ("label: y\ncategorical: [a]\nsplit: {fractions: [8, 2]}", "three numbers"),
         ("label: y\ncategorical: [a]\nsplit: {kind: hourly}", "split: must be one of"),
         ("label: y\ncategorical: [a]\nsplit: {seed: x}", "seed must be an integer"),
+        ("label: y\ncategorical: [a]\nsplit: {kind: last-day, fractions: [8, 1, 1]}", "takes no fractions"),
+        ("label: y\ncategorical: [a]\nsplit: {kind: time, seed: 1}", "takes no seed"),
+        ("label: y\ncategorical: [a/b]", "must not hold '/'"),
         ("label: y\ncategorical: [a]\ndefaults: {min_count: '5'}", "defaults: min_count must be of type int"),
     ],
 )
