@@ -11,7 +11,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from recemb.memory import estimate_memory
 from recemb.method import Method, method_class
 
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {
+    **{"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+}
 
 
 def parse_budget(budget: float | int | str, full_bytes: int) -> int:
@@ -26,10 +29,10 @@ def parse_budget(budget: float | int | str, full_bytes: int) -> int:
         ValueError: anything else, or a ratio or fraction where no full table has a size (unbounded ids).
     """
     text = str(budget).strip().lower()
+    if (size := _with_unit(text)) is not None:
+        return size
     if match := re.fullmatch(r"([0-9.]+)\s*x", text):
         return _share(1 / max(float(match[1]), 0.5), full_bytes, budget)
-    if match := re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmg]i?b)", text):
-        return int(float(match[1]) * _UNITS[match[2]])
     try:
         number = float(text)
     except ValueError:
@@ -42,6 +45,24 @@ def parse_budget(budget: float | int | str, full_bytes: int) -> int:
         "budget must be a ratio of at least 1 ('10x'), a fraction in (0, 1] (0.1) or bytes (50000000, '50MB'), "
         f"got {budget!r}"
     )
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes that a size means: an integer, or a string with a unit (``"80GB"``, ``"24GiB"``).
+
+    Raises:
+        ValueError: anything else, or less than 1.
+    """
+    text = str(size).strip().lower()
+    value = int(text) if text.isdigit() else _with_unit(text)
+    if value is None or value < 1:
+        raise ValueError(f"a size must be bytes (80000000000) or have a unit (80GB, 24GiB, 1TB), got {size!r}")
+    return value
+
+
+def _with_unit(text: str) -> int | None:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgt]i?b)", text)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
 def _share(fraction: float, full_bytes: int, budget: float | int | str) -> int:

@@ -76,6 +76,7 @@ def plan_shards(
     local_world_size: int | None = None,
     placement: Mapping[str, Sequence[str]] | None = None,
     device_memory_bytes: int | None = None,
+    host_memory_bytes: int | None = None,
     caching: bool = False,
 ) -> ShardingPlan:
     """TorchRec's planner over the collections of ``model`` (meta tensors suffice), without any communication.
@@ -88,6 +89,7 @@ def plan_shards(
         placement: physical-table-name pattern -> sharding types allowed (``"table_wise"``, ``"row_wise"``); first match
             wins, all are allowed where none does.
         device_memory_bytes: memory of one rank, 15% of which are kept free; TorchRec's default where None.
+        host_memory_bytes: for CUDA, host memory of one rank, where cached tables lie; TorchRec's default where None.
         caching: keep tables in host memory behind a cache on the device (``managed_caching``, CUDA only).
 
     Raises:
@@ -110,7 +112,7 @@ def plan_shards(
             world_size=world_size,
             local_world_size=local_world_size or world_size,
             hbm_cap_bytes=device_memory_bytes if device_type == "cuda" else None,
-            ddr_cap_bytes=device_memory_bytes if device_type == "cpu" else None,
+            ddr_cap_bytes=device_memory_bytes if device_type == "cpu" else host_memory_bytes,
         ),
         kernel_config=KernelConfig(compute_device=device_type),
     )
@@ -157,12 +159,7 @@ def shard(
         raise ValueError(
             f"sharded tables on {device.type} cannot be trained by {optimizer.name!r}: fbgemm has no kernel"
         )
-    arguments: dict[str, Any] = {"lr": optimizer.learning_rate}
-    if optimizer.name != "sgd":
-        arguments["eps"] = optimizer.eps
-    for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection):
-            apply_optimizer_in_backward(_OPTIMIZERS[optimizer.name], module.parameters(), arguments)
+    train_in_backward(model, optimizer)
     plan = plan_shards(
         model,
         world_size=dist.get_world_size(),
@@ -179,6 +176,16 @@ def shard(
         for group in compressed_groups(sharded):
             group.equal_batches = True
     return sharded, cast(KeyedOptimizer, sharded.fused_optimizer)
+
+
+def train_in_backward(model: nn.Module, optimizer: EmbeddingOptimizer) -> None:
+    """Tell TorchRec how the collections of ``model`` are trained; planning counts the optimizer's state by it."""
+    arguments: dict[str, Any] = {"lr": optimizer.learning_rate}
+    if optimizer.name != "sgd":
+        arguments["eps"] = optimizer.eps
+    for module in model.modules():
+        if isinstance(module, EmbeddingBagCollection):
+            apply_optimizer_in_backward(_OPTIMIZERS[optimizer.name], module.parameters(), arguments)
 
 
 @torch.no_grad()

@@ -1,0 +1,67 @@
+"""Plans on the meta device: every row once, nothing allocated."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from recemb.memory import estimate_memory
+from recemb.memory.placement import Placement, plan_placement
+from recemb.methods.full import Full
+from recemb.methods.unified import Unified
+from recemb.optimizers import EmbeddingOptimizer
+
+OPTIMIZER = EmbeddingOptimizer("rowwise_adagrad")
+
+
+def tables(*sizes: int, dim: int = 128) -> list[EmbeddingBagConfig]:
+    return [
+        EmbeddingBagConfig(name=f"t{n}", num_embeddings=size, embedding_dim=dim, feature_names=[f"f{n}"])
+        for n, size in enumerate(sizes)
+    ]
+
+
+def assert_every_row_once(placement: Placement, sizes: dict[str, int]) -> None:
+    shards = {name: [s for s in placement.shards if s.table == name] for name in sizes}
+    assert sum(len(part) for part in shards.values()) == len(placement.shards)
+    for name, size in sizes.items():
+        position = 0
+        for shard in sorted(shards[name], key=lambda shard: shard.first_row):
+            assert shard.first_row == position and shard.num_rows > 0
+            position += shard.num_rows
+        assert position == size
+
+
+def test_a_plan_covers_every_row_once_and_fits_the_memory() -> None:
+    sizes = (300_000_000, 100_000_000, 40_000, 5, 3)
+    placement = plan_placement(
+        tables(*sizes), Full, optimizer=OPTIMIZER, world_size=8, device_bytes=80 * 10**9, local_world_size=4
+    )
+    assert_every_row_once(placement, {f"t{n}": size for n, size in enumerate(sizes)})
+    ranks = [placement.bytes_of_rank(rank) for rank in range(8)]
+    assert max(sum(pair) for pair in ranks) < 80 * 10**9
+    report = estimate_memory(tables(*sizes), Full, optimizer=OPTIMIZER)
+    assert sum(pair[0] for pair in ranks) == report.table_bytes
+    assert sum(pair[1] for pair in ranks) == report.optimizer_bytes
+    assert placement.to_dict()["ranks"][0]["table_bytes"] == ranks[0][0]
+
+
+def test_placement_is_that_of_the_physical_tables() -> None:
+    method = partial(Unified, num_embeddings=1001)
+    kinds = {"*": ["row_wise"]}
+    placement = plan_placement(
+        tables(10_000, 20_000, dim=16), method, optimizer=OPTIMIZER, world_size=2, placement=kinds
+    )
+    assert_every_row_once(placement, {"unified__0": 1001})
+    assert {(shard.rank, shard.sharding_type) for shard in placement.shards} == {(0, "row_wise"), (1, "row_wise")}
+
+
+def test_tables_too_large_for_the_gpus_fit_into_host_memory_with_caching() -> None:
+    arguments = {"optimizer": OPTIMIZER, "world_size": 2, "device_bytes": 10**10}
+    with pytest.raises(ValueError, match="tables cannot be placed on 2 cuda ranks"):
+        plan_placement(tables(100_000_000), Full, **arguments)
+    placement = plan_placement(tables(100_000_000), Full, host_bytes=200 * 10**9, caching=True, **arguments)
+    assert placement.in_host_memory
+    assert_every_row_once(placement, {"t0": 100_000_000})
