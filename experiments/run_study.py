@@ -185,7 +185,7 @@ def _row(name: str, cells: list[dict[str, Any]], setting: list[str]) -> str:
         return f"| {name} | {cells[0]['refused']} | - | - | - | - | - | - | - |"
     optima = [cell["data"]["optimum"]["auc"] for cell in cells if cell["data"].get("optimum")]
     embedding = cells[0]["embedding"]
-    short = ", ".join(text.split(".")[-1].replace("learning_rate", "rate") for text in setting) or "-"
+    short = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in (text.split("=") for text in setting)) or "-"
     columns = [
         name,
         short,
