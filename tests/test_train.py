@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -22,7 +24,7 @@ from recemb.run_folder import RunFolder, load_model
 from recemb.training.metrics_log import read_metrics
 from recemb.training.resume import config_to_train
 from recemb.training.run import train as run_training
-from tests.data.encoded import write_encoded
+from tests.data.encoded import rewrite_column, write_encoded
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 OVERRIDES = (
@@ -197,3 +199,15 @@ def test_an_error_is_the_last_line_and_the_exit_status_1(tmp_path):
         r"FileNotFoundError: data.path=.*nothing: no such folder, and data.allow_synthetic is false", output
     )
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_a_bad_id_in_the_test_split_ends_the_run_before_its_first_step(tmp_path):
+    manifest = write_encoded(tmp_path / "encoded", rows=1000, row_group_rows=50)
+    ids = pq.read_table(manifest.files("test")[0])["C1"].to_pylist()
+    ids[70] = 20
+    rewrite_column(manifest, "test", "C1", pa.array(ids, pa.int32()))
+    process = start([*OVERRIDES, f"data.path={manifest.root}", "hydra.run.dir=run"], tmp_path)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.search(r"test/part-00000.parquet: row group 1, column 'C1', row 20 .*in \[0, 20\).*got 20", output)
+    assert not read_metrics(tmp_path / "run")

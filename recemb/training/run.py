@@ -17,6 +17,7 @@ from recemb.allocator import tune_allocators
 from recemb.assembly import ModelInputs, build_model
 from recemb.checkpoint import load_model_tensors, load_state
 from recemb.config import TrainConfig, build_target
+from recemb.data.checks import check_split
 from recemb.data.manifest import Manifest
 from recemb.data.parquet import ParquetLoader
 from recemb.data_source import open_data_set
@@ -73,7 +74,11 @@ def train(content: Mapping[str, Any], *, continues: bool = False, ranks: Ranks =
         if results is not None:
             return results
         config = TrainConfig.parse(content)
+        if ranks.world_size == 1 and (config.trainer.placement or config.trainer.caching):
+            raise ValueError("trainer.placement and trainer.caching are for several ranks (torchrun), got one process")
         device = ranks.device(_device(config.trainer.device))
+        if config.trainer.caching and device.type != "cuda":
+            raise ValueError(f"trainer.caching is for CUDA, whose memory is the cache, got trainer.device={device}")
         stack.enter_context(ranks.process_group(device))
         return _Run(config, content, device, ranks).to_the_end()
 
@@ -109,7 +114,12 @@ class _Run:
         model, self.memory = build_model(config.embedding, config.model, inputs, embedding_optimizer)
         self.dense_parameters = _dense_parameters(model)
         self.model, optimizer = prepare(
-            model, embedding_optimizer, build_target(config.optimizer.dense), device=self.device
+            model,
+            embedding_optimizer,
+            build_target(config.optimizer.dense),
+            device=self.device,
+            placement=trainer.placement,
+            caching=trainer.caching,
         )
         if trainer.compile:
             _compile_dense_part(self.model)
@@ -255,6 +265,9 @@ def _open(config: TrainConfig, started_on: str | None, ranks: Ranks) -> _Data:
     for name in ("validation", "test"):
         if manifest.split(name).rows == 0:
             raise ValueError(f"{manifest.root}: split {name!r} has no rows; early stopping and results need both")
+    for name in ("train", "validation", "test"):
+        # The loader would find a bad id too, but in the last file, hours later.
+        check_split(manifest, name)
     extra = [manifest.user] if manifest.user is not None else []
     loader = functools.partial(ParquetLoader, manifest, rank=ranks.rank, world_size=ranks.world_size)
     return _Data(
