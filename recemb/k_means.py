@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Distances held at once, in floats.
-_BLOCK_DISTANCES = 1 << 22
+# Distances held at once, in floats: as many as stay in the cache.
+_BLOCK_DISTANCES = 1 << 18
 
 
 def k_means(vectors_NW: Tensor, num_clusters: int, generator: torch.Generator, *, iterations: int = 25) -> Tensor:
@@ -45,6 +45,7 @@ def k_means(vectors_NW: Tensor, num_clusters: int, generator: torch.Generator, *
     return centroids
 
 
+@torch.no_grad()
 def nearest(vectors_NW: Tensor, centroids_KW: Tensor) -> tuple[Tensor, Tensor]:
     """For every vector the nearest centroid: (N,) int64 its number, (N,) squared distance."""
     squares = centroids_KW.square().sum(dim=1)
@@ -52,9 +53,12 @@ def nearest(vectors_NW: Tensor, centroids_KW: Tensor) -> tuple[Tensor, Tensor]:
     best, least = [], []
     for block in vectors_NW.split(max(1, _BLOCK_DISTANCES // len(centroids_KW))):
         # Without the vector's own square, which is the same for every centroid.
-        values, indices = torch.addmm(squares, block, scaled).min(dim=1)
+        distances = torch.addmm(squares, block, scaled)
+        # On CPU numpy's argmin is vectorised, torch's is not.
+        on_cpu = distances.device.type == "cpu"
+        indices = torch.from_numpy(distances.numpy().argmin(axis=1)) if on_cpu else distances.argmin(dim=1)
         best.append(indices)
-        least.append(values + block.square().sum(dim=1))
+        least.append(distances.gather(1, indices.unsqueeze(1)).squeeze(1) + block.square().sum(dim=1))
     if not best:
         return vectors_NW.new_zeros(0, dtype=torch.int64), vectors_NW.new_zeros(0)
     return torch.cat(best), torch.cat(least)

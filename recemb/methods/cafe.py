@@ -81,8 +81,10 @@ class HotSketch(nn.Module):
         buckets = (keys % self.num_rows).view(-1)
         known = self.keys.index_select(0, buckets) == keys.to(self.keys.dtype).view(-1, 1)
         # At most one slot matches; rows count from 1 here, so that the sum is 0 where none does.
-        rows = (self.hot_rows.index_select(0, buckets) + 1).mul_(known).sum(dim=1)
-        return rows.sub_(1).view(keys.shape)
+        rows = (self.hot_rows.index_select(0, buckets) + 1).mul_(known)
+        # Column by column, which is several times as fast as a sum over so short a dimension.
+        row = (rows[:, 0] + rows[:, 1]).add_(rows[:, 2]).add_(rows[:, 3])
+        return row.to(torch.int64).sub_(1).view(keys.shape)
 
     def insert(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Count a batch.
