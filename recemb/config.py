@@ -126,6 +126,8 @@ class TrainerConfig:
     checkpoint_every_steps: int | None
     schedule: ScheduleConfig
     stopping: StoppingConfig
+    placement: dict[str, list[str]]
+    caching: bool
 
     def __post_init__(self) -> None:
         for name in ("epochs", "max_steps", "batch_size", "threads"):

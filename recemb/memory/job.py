@@ -34,8 +34,6 @@ class MemoryConfig:
     local_world_size: int | None
     memory_per_gpu: str | int | None
     host_memory_per_gpu: str | int | None
-    placement: dict[str, list[str]]
-    caching: bool
     device: str
     output: str | None
 
@@ -51,14 +49,10 @@ class MemoryConfig:
             )
         if self.device not in ("cuda", "cpu"):
             raise ValueError(f"memory: device must be cuda or cpu, got {self.device!r}")
-        if self.caching and self.device == "cpu":
-            raise ValueError("memory: caching=true is for device=cuda, whose memory is the cache")
         if self.output is not None and Path(self.output).suffix != ".json":
             raise ValueError(f"memory: output must end in .json (the plot lies beside it), got {self.output!r}")
-        if self.memory_per_gpu is None and (self.local_world_size or self.host_memory_per_gpu or self.placement):
-            raise ValueError(
-                "memory: local_world_size, host_memory_per_gpu and placement are for a plan; give memory_per_gpu"
-            )
+        if self.memory_per_gpu is None and (self.local_world_size or self.host_memory_per_gpu):
+            raise ValueError("memory: local_world_size and host_memory_per_gpu are for a plan; give memory_per_gpu")
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,8 @@ def run(content: Mapping[str, Any]) -> Outcome:
     tables = inputs.logical_tables(config.embedding.embedding_dim)
     method = sized_method(config.embedding, tables)
     optimizer = build_target(config.optimizer.embedding)
+    if config.trainer.caching and settings.device == "cpu":
+        raise ValueError("memory: trainer.caching=true is for device=cuda, whose memory is the cache")
     small = config.embedding.full_below_rows
     memory = estimate_memory(tables, method, full_below_rows=small, optimizer=optimizer)
     placement = None
@@ -103,8 +99,8 @@ def run(content: Mapping[str, Any]) -> Outcome:
             local_world_size=settings.local_world_size,
             device_bytes=parse_bytes(settings.memory_per_gpu),
             host_bytes=None if host is None else parse_bytes(host),
-            placement=settings.placement,
-            caching=settings.caching,
+            placement=config.trainer.placement,
+            caching=config.trainer.caching,
         )
     outcome = Outcome(memory, source, config.embedding.method_name, placement)
     if settings.output is not None:
