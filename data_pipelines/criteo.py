@@ -84,7 +84,7 @@ def prepare(
     paths = as_paths(raw_paths)
     if split.kind != "random":
         check_days_ascend(paths)
-    present = set.intersection(*(_optional_columns(path) for path in paths)) if paths else set()
+    present = _optional_columns(paths)
     schema = LogSchema(
         label=LABEL,
         numeric=tuple(NumericColumn(name, numeric) for name in NUMERIC),
@@ -104,10 +104,17 @@ def prepare(
     )
 
 
-def _optional_columns(path: Path) -> set[str]:
-    if not is_parquet(path):
-        return set()
-    return {DAY, TRUE_PROBABILITY} & ParquetFile(path, {}, {}).column_names
+def _optional_columns(paths: Sequence[Path]) -> set[str]:
+    """Which of ``day`` and ``true_probability`` the files have; all must have the same."""
+    known = {DAY, TRUE_PROBABILITY}
+    found = [ParquetFile(path, {}, {}).column_names & known if is_parquet(path) else set() for path in paths]
+    for path, columns in zip(paths, found, strict=True):
+        if columns != found[0]:
+            raise ValueError(
+                f"{path}: of {sorted(known)} it has {sorted(columns)}, but {paths[0]} has {sorted(found[0])}; "
+                "all files of a log must have the same"
+            )
+    return found[0] if found else set()
 
 
 def _source(path: Path, schema: LogSchema) -> Source:

@@ -150,6 +150,13 @@ def test_column_missing_or_of_another_type(tmp_path: Path) -> None:
     fails(tmp_path, without, ValueError, "column 'I9' occurs more than once")
 
 
+def test_day_column_in_some_files_only(tmp_path: Path) -> None:
+    without = truth.write_parquet(tmp_path / "without.parquet", ROWS)
+    having = truth.write_parquet(tmp_path / "having.parquet", [{**row, "day": 1} for row in ROWS])
+    message = r"having.parquet: of \['day', 'true_probability'\] it has \['day'\], but .*without.parquet has \[\]"
+    fails(tmp_path, [without, having], ValueError, message)
+
+
 def test_later_file_is_checked_before_the_first_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = truth.write_tsv(tmp_path / "day_0", ROWS)
     second = tmp_path / "day_1.parquet"
