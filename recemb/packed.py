@@ -39,9 +39,15 @@ class PackedNumbers(nn.Module):
         self._start = list(start)
         self.num_rows = [rows_for(count, len(start)) for count in num_positions]
         self._positions_per_row = positions_per_row(len(start))
+        # A table without positions reads row 0, which then counts for nothing: all bits of an id are shifted out.
+        shift = self._positions_per_row.bit_length() - 1
+        self._shifts: Tensor
+        shifts = per_feature(tables, [shift if count else 63 for count in num_positions])
+        self.register_buffer("_shifts", shifts, persistent=False)
         # What serving needs is saved, and counted in the model's bytes.
         self.starts: Tensor
-        self.register_buffer("starts", per_feature(tables, first_rows(self.num_rows)))
+        starts = [start if rows else 0 for start, rows in zip(first_rows(self.num_rows), self.num_rows, strict=True)]
+        self.register_buffer("starts", per_feature(tables, starts))
 
     def table(self, name: str) -> EmbeddingBagConfig:
         """The physical table."""
@@ -51,8 +57,7 @@ class PackedNumbers(nn.Module):
 
     def slots(self, positions: Tensor, features: Tensor | None) -> Tensor:
         """Rows of the physical table for (B, F) positions, or (N,) ones with the (N,) feature of each."""
-        shift = self._positions_per_row.bit_length() - 1
-        return (positions >> shift) + at_features(self.starts, features)
+        return (positions >> at_features(self._shifts, features)) + at_features(self.starts, features)
 
     def numbers(self, rows_NR: Tensor, positions: Tensor) -> Tensor:
         """The numbers of N positions from their rows: (N, R) -> (N, W)."""

@@ -180,10 +180,13 @@ class PartitionRows(nn.Module):
         self.divisors: Tensor
         self.register_buffer("divisors", torch.stack([per_feature(tables, column) for column in divisors]))
         self.sizes: Tensor
-        # A table without classes in a partition is never read there, but its ids are divided with the others'.
+        # A table without classes in a partition reads row 0, which then counts for nothing.
         self.register_buffer("sizes", torch.stack([per_feature(tables, column).clamp(min=1) for column in sizes]))
         self.starts: Tensor
-        starts = [per_feature(tables, first_rows(column)) for column in sizes]
+        starts = [
+            per_feature(tables, [start if size else 0 for start, size in zip(first_rows(column), column, strict=True)])
+            for column in sizes
+        ]
         self.register_buffer("starts", torch.stack(starts))
         self._known = _KnownClasses(tables, classes) if classes else None
 

@@ -184,64 +184,37 @@ def means_per_row(total_rows: int, rows: Tensor, values_ND: Tensor) -> tuple[Ten
     return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
 
 
-class FeatureSubset(nn.Module):
-    """Some of the features: a second lookup that only they need, aligned with the first by empty bags.
+class FeatureGate(nn.Module):
+    """Open for ids of some tables, closed for those of others.
+
+    Tables that stay full need no second row. Their ids look one up all the same, any row there is, behind a closed
+    gate: it counts for nothing and its gradient is 0. Leaving them out of the call costs more, in bags that are not of
+    one id or in rows that must be put in their places.
 
     Args:
         tables: the logical tables.
-        chosen: which of them.
+        is_open: for which of them.
     """
 
-    def __init__(self, tables: Sequence[EmbeddingBagConfig], chosen: Sequence[bool]) -> None:
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], is_open: Sequence[bool]) -> None:
         super().__init__()
-        is_chosen = per_feature(tables, chosen)
-        flags = [flag for table, flag in zip(tables, chosen, strict=True) for _ in table.feature_names]
-        self.is_all = all(flags)
-        self._is_chosen: Tensor
-        self.register_buffer("_is_chosen", is_chosen, persistent=False)
-        self._features: Tensor
-        indices = [index for index, flag in enumerate(flags) if flag]
-        self.register_buffer("_features", torch.tensor(indices, dtype=torch.int64), persistent=False)
+        self._is_open: Tensor | None
+        flags = per_feature(tables, is_open).to(torch.float32)
+        self.register_buffer("_is_open", None if all(is_open) else flags, persistent=False)
 
-    def pick(self, values: Tensor, bags: Bags) -> Tensor:
-        """Those of the values of ``bags.ids`` that belong to chosen features, in the same order."""
-        if self.is_all:
-            return values
+    def of_ids(self, bags: Bags) -> Tensor | None:
+        """(N, 1) float32, 1 or 0, in the order of ``bags.ids.view(-1)``; None where it is open for all tables."""
+        if self._is_open is None:
+            return None
         if bags.single:
-            return values.index_select(1, self._features)
-        return values[bags.per_id(self._is_chosen) > 0]
+            return self._is_open.expand(bags.ids.shape).reshape(-1, 1)
+        return bags.per_id(self._is_open).unsqueeze(1)
 
-    def ones_where_left_out(self, factors_NW: Tensor, bags: Bags) -> Tensor:
-        """(N, W) factors that ``lookup`` found, 0 for ids of the other features, with these 0 turned into 1."""
-        if self.is_all:
-            return factors_NW
-        ones = bags.per_id(1 - self._is_chosen).to(factors_NW.dtype).unsqueeze(1)
-        if bags.single:
-            return (factors_NW.view(bags.batch_size, bags.num_features, -1) + ones).view(factors_NW.shape)
-        return factors_NW + ones
-
-    def lookup(self, method: CompressedTables, index: int, slots: Sequence[Tensor], bags: Bags) -> list[Tensor]:
-        """Rows at the slots of the chosen ids, and 0 for ids of the other features: (N, dim) for each table.
-
-        Args:
-            method: owner of the lookups.
-            index: which group of them.
-            slots: of the chosen ids (see ``pick``), for each table of the group.
-            bags: all of them.
-        """
-        num_ids = bags.ids.numel()
-        if self.is_all or num_ids == 0:
-            return method.lookup_rows(index, [slot.reshape(-1) for slot in slots])
-        chosen = self._is_chosen.expand(bags.ids.shape) if bags.single else bags.per_id(self._is_chosen)
-        return self._lookup(method, index, slots, chosen.reshape(-1))
-
-    def lookup_pooled(self, method: CompressedTables, index: int, slots: Sequence[Tensor], bags: Bags) -> list[Tensor]:
-        """As ``lookup``, summed over every bag of a layout that is not single: (F * B, dim) for each table."""
-        return self._lookup(method, index, slots, (bags.lengths * self._is_chosen.unsqueeze(1)).view(-1))
-
-    def _lookup(self, method: CompressedTables, index: int, slots: Sequence[Tensor], lengths: Tensor) -> list[Tensor]:
-        sums = method.lookup_bags(index, slots, bag_offsets(lengths, len(slots)), lengths.numel())
-        return list(sums.split([config.embedding_dim for config in method.physical_tables[index]], dim=1))
+    def of_bags(self, bags: Bags) -> Tensor | None:
+        """(F * B, 1) float32, 1 or 0, feature after feature."""
+        if self._is_open is None:
+            return None
+        return self._is_open.unsqueeze(1).expand(bags.lengths.shape).reshape(-1, 1)
 
 
 def bag_offsets(lengths: Tensor, num_tables: int = 1) -> Tensor:

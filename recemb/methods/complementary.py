@@ -31,7 +31,8 @@ from recemb.partitions import (
     class_dtypes,
     known_partitions,
 )
-from recemb.stacked import FeatureSubset, features_of_ids, forward_linear, stacked_table, start_variance
+from recemb.products import gated_product
+from recemb.stacked import FeatureGate, features_of_ids, forward_linear, stacked_table, start_variance
 
 OPERATIONS = ("mult", "add", "concat")
 
@@ -112,33 +113,23 @@ class Complementary(CompressedTables):
         self._rows = PartitionRows(tables, self.partitions, known_classes)
         self._operation = operation
         # Full tables have a row in the first stack alone, unless rows are concatenated.
-        self._composed = FeatureSubset(tables, [not is_full for is_full in self.is_full])
+        self._is_composed = FeatureGate(tables, [not is_full for is_full in self.is_full])
 
     def remap(self, bags: Bags) -> list[list[Tensor]]:
-        """As the base says, but the second group's slots are of the ids of compressed tables only."""
         features = features_of_ids(bags)
         slots = [self._rows(index, bags.ids, features) for index in range(sum(map(len, self.physical_tables)))]
-        if len(self.lookups) == 1:
-            return [slots]
-        return [slots[:1], [self._composed.pick(slot, bags) for slot in slots[1:]]]
+        return [slots] if len(self.lookups) == 1 else [[slot] for slot in slots]
 
     def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
         if self._operation == "concat":
             return torch.cat(rows[0], dim=1) if len(rows[0]) > 1 else rows[0][0]
-        vectors = rows[0][0]
-        for factors in rows[1] if len(rows) > 1 else []:
-            if self._operation == "add":
-                vectors = vectors + factors
-            else:
-                vectors = vectors * self._composed.ones_where_left_out(factors, bags)
-        return vectors
-
-    def embed(self, bags: Bags) -> Tensor:
-        slots = self.remap(bags)
-        rows = [self.lookup_rows(0, slots[0])]
-        if len(slots) > 1:
-            rows.append(self._composed.lookup(self, 1, slots[1], bags))
-        return self.compose(rows, bags)
+        [first], *others = rows
+        if not others:
+            return first
+        gate = self._is_composed.of_ids(bags)
+        if self._operation == "add":
+            return _gated_sum(first, [other for [other] in others], gate)
+        return gated_product(first, [other for [other] in others], gate)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         bags = Bags.of(features)
@@ -147,11 +138,11 @@ class Complementary(CompressedTables):
         if self._operation == "mult" or bags.single or bags.weights is not None:
             return bags.pool(self.embed(bags), self._is_mean)
         # Sums commute with sums over a bag, so the kernel pools.
-        slots = self.remap(bags)
-        sums = self.lookup_bags(0, slots[0], bags.offsets(), bags.lengths.numel())
-        for part in self._composed.lookup_pooled(self, 1, slots[1], bags):
-            sums = sums + part
-        return bags.lay_out(sums, self._is_mean)
+        offsets, num_bags = bags.offsets(), bags.lengths.numel()
+        first, *others = [
+            self.lookup_bags(index, slots, offsets, num_bags) for index, slots in enumerate(self.remap(bags))
+        ]
+        return bags.lay_out(_gated_sum(first, others, self._is_composed.of_bags(bags)), self._is_mean)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
@@ -161,7 +152,10 @@ class Complementary(CompressedTables):
     def _physical_tables(
         self, tables: Sequence[EmbeddingBagConfig], width: int, operation: str
     ) -> list[list[EmbeddingBagConfig]]:
-        """One stack for each partition; full tables of products and sums have rows in the first one only."""
+        """One stack for each partition; full tables of products and sums have rows in the first one only.
+
+        Concatenated rows are read in one call, others in one call a stack, which spares cutting its output apart.
+        """
         num_partitions = len(self.partitions[0].sizes)
         concatenates = operation == "concat"
         num_stacks = num_partitions if concatenates or not all(self.is_full) else 1
@@ -173,9 +167,14 @@ class Complementary(CompressedTables):
         for index in range(num_stacks):
             rows = [partitions.sizes[index] for partitions in self.partitions]
             stacks.append(stacked_table(f"partition_{index}", rows, width, variances))
-        if concatenates or len(stacks) == 1:
-            return [stacks]
-        return [stacks[:1], stacks[1:]]
+        return [stacks] if concatenates else [[stack] for stack in stacks]
+
+
+def _gated_sum(first: Tensor, others: Sequence[Tensor], gate: Tensor | None) -> Tensor:
+    """``first``, and the others too where the gate is open."""
+    for other in others:
+        first = first + (other if gate is None else other * gate)
+    return first
 
 
 def _part_width(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> int:

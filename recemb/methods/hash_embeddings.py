@@ -20,6 +20,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from recemb.bags import Bags
 from recemb.method import CompressedTables, full_table_variance, physical_table, uniform_bound
 from recemb.packed import PackedNumbers
+from recemb.products import weighted_sum
 from recemb.stacked import HashedRows, features_of_ids, proportional_range, proportional_rows
 
 
@@ -109,12 +110,7 @@ class HashEmbeddings(CompressedTables):
         return [[rows.view(-1)], [self._weights.slots(positions, features)]]
 
     def _weigh(self, rows_KND: Tensor, weights_Nk: Tensor) -> Tensor:
-        parts = rows_KND.view(self._num_lookups, weights_Nk.shape[0], rows_KND.shape[1]).unbind()
-        weights = weights_Nk.split(1, dim=1)
-        vectors = parts[0] * weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            vectors = torch.addcmul(vectors, part, weight)
-        return vectors
+        return weighted_sum(rows_KND.view(self._num_lookups, weights_Nk.shape[0], rows_KND.shape[1]), weights_Nk)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:

@@ -18,8 +18,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from recemb.bags import Bags
 from recemb.method import CompressedTables
 from recemb.packed import PackedNumbers, bytes_for
+from recemb.products import weighted_sum
 from recemb.stacked import (
-    FeatureSubset,
+    FeatureGate,
     HashedRows,
     features_of_ids,
     proportional_range,
@@ -78,32 +79,26 @@ class Memcom(CompressedTables):
         )
         rows_table = stacked_table("memcom_rows", ranges, width, [start_variance(table) for table in tables])
         super().__init__(tables, [[rows_table]] + ([] if all(self.is_full) else [[numbers.table("memcom_numbers")]]))
-        self._numbers = numbers
+        self._numbers, self._start = numbers, start
         self._rows = HashedRows(tables, own, hashed, hash_function=hash_function, seed=seed)
-        self._hashed = FeatureSubset(tables, [not full for full in self.is_full])
+        self._is_hashed = FeatureGate(tables, [not full for full in self.is_full])
 
     def remap(self, bags: Bags) -> list[list[Tensor]]:
-        """As the base says, but the second group's slots are of the ids of hashed tables only."""
         features = features_of_ids(bags)
         slots = [[self._rows(bags.ids, features)]]
         if len(self.lookups) > 1:
-            slots.append([self._hashed.pick(self._numbers.slots(bags.ids, features), bags)])
+            slots.append([self._numbers.slots(bags.ids, features)])
         return slots
 
-    def embed(self, bags: Bags) -> Tensor:
-        slots = self.remap(bags)
-        rows = [self.lookup_rows(0, slots[0])]
-        if len(slots) > 1:
-            rows.append(self._hashed.lookup(self, 1, slots[1], bags))
-        return self.compose(rows, bags)
-
     def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
-        vectors = rows[0][0]
         if len(rows) == 1:
-            return vectors
+            return rows[0][0]
         numbers = self._numbers.numbers(rows[1][0], bags.ids)
-        multipliers = self._hashed.ones_where_left_out(numbers[:, :1], bags)
-        vectors = vectors * multipliers
+        is_hashed = self._is_hashed.of_ids(bags)
+        if is_hashed is not None:
+            # Full tables: times 1, plus 0.
+            numbers = numbers * is_hashed + (1 - is_hashed) * numbers.new_tensor(self._start)
+        vectors = weighted_sum(rows[0][0].unsqueeze(0), numbers[:, :1])
         return vectors + numbers[:, 1:] if numbers.shape[1] > 1 else vectors
 
     @classmethod

@@ -22,7 +22,7 @@ IDS = pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "sin
 def part(method: Complementary, index: int) -> Tensor:
     if method._operation == "concat" or index == 0:
         return rows_of(method, 0, index)
-    return rows_of(method, 1, index - 1)
+    return rows_of(method, index)
 
 
 def plain_vector(method: Complementary, config: EmbeddingBagConfig, value: int) -> Tensor:
