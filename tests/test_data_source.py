@@ -37,7 +37,7 @@ def test_a_prepared_log_is_taken(tmp_path, prepared):
 
 
 def test_where_no_log_lies_a_synthetic_one_stands_in_and_one_loud_line_says_so(tmp_path, prepared, caplog):
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="recemb"):
         manifest = open_data_set(config(tmp_path, "log"))
     assert manifest.root == tmp_path / "made"
     assert prepared == [("made", 2000, 5)]
