@@ -135,7 +135,11 @@ class ChunkEncoder:
         elif column.keeps_number:
             encoded[column.name] = pa.array(transforms.log1p(values))
         if (name := column.bucket_name) is not None:
-            encoded[name] = pa.array(self.indices[name].provisional_ids(transforms.bucket(values)))
+            # Counts repeat: the rule is applied to the batch's distinct numbers.
+            distinct = numbers.dictionary_encode()
+            categories = transforms.bucket(transforms.to_float64(distinct.dictionary))
+            column_of_categories = pa.DictionaryArray.from_arrays(distinct.indices, categories)
+            encoded[name] = pa.array(self.indices[name].provisional_ids(column_of_categories))
         return encoded
 
     def _categorical(self, raw: pa.RecordBatch, feature: CategoricalColumn) -> pa.Array:
