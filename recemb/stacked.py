@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,10 @@ class HashedRows(nn.Module):
             rows = torch.where(ids < at_features(self.own, features), ids + at_features(self.starts, features), rows)
         return rows
 
+    def of_feature(self, feature: int, ids: Tensor, lookup: int = 0) -> Tensor:
+        """Rows of (N,) ids of one feature."""
+        return self(ids, torch.full_like(ids, feature), lookup)
+
 
 def at_features(constants: Tensor, features: Tensor | None) -> Tensor:
     """(F,) constants as they are where ids are (B, F), and gathered by the (N,) feature of each id otherwise."""
@@ -177,11 +181,71 @@ def forward_linear(method: CompressedTables, bags: Bags, mean: Tensor | None) ->
     return bags.lay_out(method.compose([rows], bags), mean)
 
 
-def means_per_row(total_rows: int, rows: Tensor, values_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the values that fall on each row: ((total_rows, D), (total_rows,) whether any did)."""
-    sums = values_ND.new_zeros(total_rows, values_ND.shape[1]).index_add_(0, rows, values_ND)
-    counts = torch.bincount(rows, minlength=total_rows)
-    return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
+@torch.no_grad()
+def seed_full_tables(
+    stacks: Sequence[tuple[Tensor, Sequence[int]]],
+    tables: Sequence[EmbeddingBagConfig],
+    is_full: Sequence[bool],
+    full_tables: Mapping[str, Tensor],
+) -> list[str]:
+    """Copy trained tables into the ranges of those that stay full, cut by columns where there are several stacks.
+
+    Args:
+        stacks: weight of each stacked table, with the first row of each logical table.
+        tables, is_full: the logical tables, and which of them stay full.
+        full_tables: table name -> (num_embeddings, embedding_dim) float32.
+
+    Returns:
+        The names of the full ones.
+    """
+    names = []
+    for index, table in enumerate(tables):
+        if is_full[index]:
+            for (weight, starts), part in zip(stacks, full_tables[table.name].chunk(len(stacks), dim=1), strict=True):
+                weight[starts[index] : starts[index] + table.num_embeddings] = part.to(weight.device, weight.dtype)
+            names.append(table.name)
+    return names
+
+
+@torch.no_grad()
+def seed_with_means(
+    weight: Tensor,
+    tables: Sequence[EmbeddingBagConfig],
+    full_tables: Mapping[str, Tensor],
+    rows_of: Callable[[int, Tensor, int], Tensor],
+    *,
+    num_lookups: int = 1,
+    own: Sequence[int] | None = None,
+) -> list[str]:
+    """Start every row at the mean of the trained vectors of its ids, divided by the number of rows that are summed.
+
+    Args:
+        weight: of the stacked table; rows without ids keep what they have.
+        tables: the logical tables; unbounded ones have no vectors to take.
+        full_tables: table name -> (num_embeddings, embedding_dim) float32.
+        rows_of: (feature, (N,) ids, lookup) -> (N,) rows.
+        num_lookups: rows that are summed to an id's vector.
+        own: ids of each table, from 0, whose vector is one row; none by default.
+
+    Returns:
+        The names of the bounded tables.
+    """
+    sums, counts = torch.zeros_like(weight), torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
+    names, feature = [], 0
+    for index, table in enumerate(tables):
+        if table.num_embeddings < UNBOUNDED:
+            ids = torch.arange(table.num_embeddings, device=weight.device)
+            vectors = full_tables[table.name].to(weight.device, weight.dtype) / num_lookups
+            if own is not None:
+                vectors[: own[index]] *= num_lookups
+            for lookup in range(num_lookups):
+                rows = rows_of(feature, ids, lookup)
+                sums.index_add_(0, rows, vectors)
+                counts += torch.bincount(rows, minlength=weight.shape[0])
+            names.append(table.name)
+        feature += len(table.feature_names)
+    weight.copy_(torch.where(counts.unsqueeze(1) > 0, sums / counts.clamp(min=1).unsqueeze(1), weight))
+    return names
 
 
 class FeatureGate(nn.Module):

@@ -32,7 +32,15 @@ from recemb.partitions import (
     known_partitions,
 )
 from recemb.products import gated_product
-from recemb.stacked import FeatureGate, features_of_ids, forward_linear, stacked_table, start_variance
+from recemb.stacked import (
+    FeatureGate,
+    features_of_ids,
+    first_rows,
+    forward_linear,
+    seed_full_tables,
+    stacked_table,
+    start_variance,
+)
 
 OPERATIONS = ("mult", "add", "concat")
 
@@ -143,6 +151,14 @@ class Complementary(CompressedTables):
             self.lookup_bags(index, slots, offsets, num_bags) for index, slots in enumerate(self.remap(bags))
         ]
         return bags.lay_out(_gated_sum(first, others, self._is_composed.of_bags(bags)), self._is_mean)
+
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Tables that stay full; factors of a trained table are not sought."""
+        stacks = []
+        for index in range(len(self.physical_tables[0])):
+            weight = self.get_parameter(f"lookups.0.embedding_bags.partition_{index}.weight")
+            stacks.append((weight, first_rows([partitions.sizes[index] for partitions in self.partitions])))
+        return seed_full_tables(stacks, self.tables, self.is_full, full_tables)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:

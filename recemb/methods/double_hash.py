@@ -11,7 +11,7 @@ Shapes: N ids, B batch, F features, D embedding_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from recemb.stacked import (
     per_feature,
     proportional_range,
     proportional_rows,
+    seed_with_means,
     stacked_table,
     start_variance,
 )
@@ -79,6 +80,7 @@ class DoubleHash(CompressedTables):
             variances += [start_variance(table), start_variance(table) / 2]
         super().__init__(tables, [[stacked_table("double_hash", ranges, tables[0].embedding_dim, variances)]])
         self._rows = HashedRows(tables, own, hashed, num_lookups=2, seed=seed)
+        self._own_rows = own
         self._own: Tensor
         self.register_buffer("_own", per_feature(tables, own), persistent=False)
 
@@ -113,6 +115,13 @@ class DoubleHash(CompressedTables):
         [slots] = self.remap(bags)
         offsets = bag_offsets(self.rows_per_id(bags)).index_select(0, bags.offsets())
         return bags.lay_out(self.lookup_bags(0, slots, offsets, bags.lengths.numel()), self._is_mean)
+
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Every table: exactly for ids with rows of their own, else as the average of the means of its two rows."""
+        weight = self.get_parameter("lookups.0.embedding_bags.double_hash.weight")
+        return seed_with_means(
+            weight, self.tables, full_tables, self._rows.of_feature, num_lookups=2, own=self._own_rows
+        )
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ Shapes: N ids, B batch, F features, D embedding_dim, k lookups.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from recemb.bags import Bags
 from recemb.method import CompressedTables, full_table_variance, physical_table, uniform_bound
 from recemb.packed import PackedNumbers
 from recemb.products import weighted_sum
-from recemb.stacked import HashedRows, features_of_ids, proportional_range, proportional_rows
+from recemb.stacked import HashedRows, features_of_ids, proportional_range, proportional_rows, seed_with_means
 
 
 class HashEmbeddings(CompressedTables):
@@ -111,6 +111,11 @@ class HashEmbeddings(CompressedTables):
 
     def _weigh(self, rows_KND: Tensor, weights_Nk: Tensor) -> Tensor:
         return weighted_sum(rows_KND.view(self._num_lookups, weights_Nk.shape[0], rows_KND.shape[1]), weights_Nk)
+
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Every bounded table, approximately: as the average of the means of its k rows, with weights as they start."""
+        weight = self.get_parameter("lookups.0.embedding_bags.hash_embeddings_pool.weight")
+        return seed_with_means(weight, self.tables, full_tables, self._rows.of_feature, num_lookups=self._num_lookups)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -24,10 +23,10 @@ from recemb.stacked import (
     features_of_ids,
     first_rows,
     forward_linear,
-    means_per_row,
     per_feature,
     proportional_range,
     proportional_rows,
+    seed_with_means,
     stacked_table,
     start_variance,
 )
@@ -102,22 +101,15 @@ class Hashing(CompressedTables):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         return forward_linear(self, Bags.of(features), self._is_mean)
 
-    @torch.no_grad()
     def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
         """Every bounded table: exactly where it stays full, else a row starts at the mean of its ids' rows."""
+
+        def rows_of(feature: int, ids: Tensor, lookup: int) -> Tensor:
+            rows = self._rows.of_feature(feature, ids, lookup)
+            return rows if self._wraps_at is None else _shift_(rows, self._shifts[feature], self._wraps_at)
+
         weight = self.get_parameter("lookups.0.embedding_bags.hashing.weight")
-        slots, values, seeded, feature = [], [], [], 0
-        for table in self.tables:
-            if table.num_embeddings < UNBOUNDED:
-                ids = torch.arange(table.num_embeddings, device=weight.device)
-                rows = self._rows(ids, torch.full_like(ids, feature))
-                slots.append(rows if self._wraps_at is None else _shift_(rows, self._shifts[feature], self._wraps_at))
-                values.append(full_tables[table.name].to(weight.device, torch.float32))
-                seeded.append(table.name)
-            feature += len(table.feature_names)
-        means, has_ids = means_per_row(weight.shape[0], torch.cat(slots), torch.cat(values))
-        weight.copy_(torch.where(has_ids.unsqueeze(1), means, weight))
-        return seeded
+        return seed_with_means(weight, self.tables, full_tables, rows_of)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ Shapes: N ids, B batch, F features, D embedding_dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -25,6 +25,7 @@ from recemb.stacked import (
     features_of_ids,
     proportional_range,
     proportional_rows,
+    seed_with_means,
     stacked_table,
     start_variance,
 )
@@ -100,6 +101,11 @@ class Memcom(CompressedTables):
             numbers = numbers * is_hashed + (1 - is_hashed) * numbers.new_tensor(self._start)
         vectors = weighted_sum(rows[0][0].unsqueeze(0), numbers[:, :1])
         return vectors + numbers[:, 1:] if numbers.shape[1] > 1 else vectors
+
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Every table: exactly where it stays full, else a row starts at the mean of its ids' rows."""
+        weight = self.get_parameter("lookups.0.embedding_bags.memcom_rows.weight")
+        return seed_with_means(weight, self.tables, full_tables, self._rows.of_feature)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:

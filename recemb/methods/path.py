@@ -1,8 +1,7 @@
 """Path-based compositional embeddings: a shared row, changed by a small map for the id's remainder.
 
 Reference: Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
-Systems", KDD 2020, arXiv:1909.02107, section 4.2. There they never beat the product of rows (``Complementary``), at
-several times its cost.
+Systems", KDD 2020, arXiv:1909.02107. There they never beat the product of rows (``Complementary``), and cost more.
 
 Differs from the paper: two partitions, as in its experiments, and all widths equal ``embedding_dim``; maps start so
 that vectors have the variance of a full table.
@@ -16,7 +15,7 @@ Shapes: N ids, B batch, F features, D embedding_dim, H hidden_units, M maps of a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -27,7 +26,15 @@ from recemb.bags import Bags
 from recemb.grouped_linear import grouped_linear, sort_by_group
 from recemb.method import CompressedTables, uniform_bound
 from recemb.partitions import choose_partitions
-from recemb.stacked import at_features, features_of_ids, first_rows, per_feature, stacked_table, start_variance
+from recemb.stacked import (
+    at_features,
+    features_of_ids,
+    first_rows,
+    per_feature,
+    seed_full_tables,
+    stacked_table,
+    start_variance,
+)
 
 
 class Path(CompressedTables):
@@ -75,11 +82,12 @@ class Path(CompressedTables):
         self.divisors: Tensor
         self.register_buffer("divisors", per_feature(tables, self.num_collisions))
         self.starts: Tensor
-        self.register_buffer("starts", per_feature(tables, first_rows(rows)))
-        is_full = [count == table.num_embeddings for table, count in zip(tables, rows, strict=True)]
-        maps = [0 if full else count for full, count in zip(is_full, self.num_collisions, strict=True)]
+        self._first_rows = first_rows(rows)
+        self.register_buffer("starts", per_feature(tables, self._first_rows))
+        self.is_full = [count == table.num_embeddings for table, count in zip(tables, rows, strict=True)]
+        maps = [0 if full else count for full, count in zip(self.is_full, self.num_collisions, strict=True)]
         # Full tables have no map: their group comes after all maps, and keeps its rows.
-        first_maps = [sum(maps) if full else first for full, first in zip(is_full, first_rows(maps), strict=True)]
+        first_maps = [sum(maps) if full else first for full, first in zip(self.is_full, first_rows(maps), strict=True)]
         self._first_maps: Tensor
         self.register_buffer("_first_maps", per_feature(tables, first_maps), persistent=False)
         self._num_maps = sum(maps)
@@ -104,6 +112,11 @@ class Path(CompressedTables):
         order, counts = self._by_map(maps)
         [rows] = self.lookup_rows(0, [slots.view(-1)[order]])
         return self._scatter(self._through_maps(rows, counts), order)
+
+    def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
+        """Tables that stay full."""
+        weight = self.get_parameter("lookups.0.embedding_bags.path_rows.weight")
+        return seed_full_tables([(weight, self._first_rows)], self.tables, self.is_full, full_tables)
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
@@ -130,7 +143,7 @@ class Path(CompressedTables):
         return torch.cat([vectors, unchanged]) if counts[-1] else vectors
 
     def _scatter(self, vectors: Tensor, order: Tensor) -> Tensor:
-        return torch.empty_like(vectors).index_copy(0, order, vectors)
+        return vectors.new_empty(vectors.shape).index_copy_(0, order, vectors)
 
 
 class _Maps(nn.Module):
