@@ -230,22 +230,28 @@ def seed_with_means(
     Returns:
         The names of the bounded tables.
     """
-    sums, counts = torch.zeros_like(weight), torch.zeros(weight.shape[0], dtype=torch.int64, device=weight.device)
-    names, feature = [], 0
+    rows, vectors, names, feature = [], [], [], 0
     for index, table in enumerate(tables):
         if table.num_embeddings < UNBOUNDED:
             ids = torch.arange(table.num_embeddings, device=weight.device)
-            vectors = full_tables[table.name].to(weight.device, weight.dtype) / num_lookups
+            shares = full_tables[table.name].to(weight.device, weight.dtype) / num_lookups
             if own is not None:
-                vectors[: own[index]] *= num_lookups
-            for lookup in range(num_lookups):
-                rows = rows_of(feature, ids, lookup)
-                sums.index_add_(0, rows, vectors)
-                counts += torch.bincount(rows, minlength=weight.shape[0])
+                shares[: own[index]] *= num_lookups
+            rows += [rows_of(feature, ids, lookup) for lookup in range(num_lookups)]
+            vectors += [shares] * num_lookups
             names.append(table.name)
         feature += len(table.feature_names)
-    weight.copy_(torch.where(counts.unsqueeze(1) > 0, sums / counts.clamp(min=1).unsqueeze(1), weight))
+    if names:
+        means, has_ids = means_per_row(weight.shape[0], torch.cat(rows), torch.cat(vectors))
+        weight.copy_(torch.where(has_ids.unsqueeze(1), means, weight))
     return names
+
+
+def means_per_row(total_rows: int, rows: Tensor, values_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the values that fall on each row: ((total_rows, D), (total_rows,) whether any did)."""
+    sums = values_ND.new_zeros(total_rows, values_ND.shape[1]).index_add_(0, rows, values_ND)
+    counts = torch.bincount(rows, minlength=total_rows)
+    return sums / counts.clamp(min=1).unsqueeze(1), counts > 0
 
 
 class FeatureGate(nn.Module):
