@@ -102,15 +102,13 @@ class CompressedEmbeddingBagCollection(nn.Module):
         features = select_keys(features, self._feature_names)
         if self._ids is not None:
             self._ids.check(features)
-        if len(self.groups) == 1:
-            values = self.groups[0](features)
-        else:
-            values = self._join(
-                [
-                    group(select_keys(features, names))
-                    for group, names in zip(self.groups, self._group_features, strict=True)
-                ]
-            )
+        # Tables stay float32 where the dense layers run under autocast, products inside methods included.
+        with torch.autocast(features.values().device.type, enabled=False):
+            outputs = [
+                group(select_keys(features, names))
+                for group, names in zip(self.groups, self._group_features, strict=True)
+            ]
+        values = outputs[0] if len(outputs) == 1 else self._join(outputs)
         return KeyedTensor(self._feature_names, self._dims, values)
 
     def _join(self, outputs: list[Tensor]) -> Tensor:
@@ -179,7 +177,8 @@ class CompressedEmbeddingCollection(nn.Module):
         output: dict[str, JaggedTensor] = {}
         for group, names in zip(self.groups, self._group_features, strict=True):
             part = select_keys(features, names)
-            vectors = cast(CompressedTables, group).vectors(part)
+            with torch.autocast(part.values().device.type, enabled=False):
+                vectors = cast(CompressedTables, group).vectors(part)
             for name, values in zip(names, vectors.split(part.length_per_key()), strict=True):
                 bags = part[name]
                 output[name] = JaggedTensor(values, lengths=bags.lengths(), offsets=bags.offsets())

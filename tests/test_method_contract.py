@@ -158,6 +158,15 @@ def test_a_fused_sgd_step_equals_autograd_and_torch_sgd(method: Method, ids: lis
         torch.testing.assert_close(tensor, trained[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_autocast_of_the_dense_layers_leaves_vectors_alone(method: Method) -> None:
+    collection = build(method).eval()
+    features = bags(KEYS, MULTI_HOT)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = collection(features).values()
+    assert output.dtype == torch.float32
+    assert torch.equal(output, collection(features).values())
+
+
 def test_ids_are_never_repaired(method: Method) -> None:
     collection = build(method)
     for value in (-1, 500):
