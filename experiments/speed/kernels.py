@@ -216,7 +216,10 @@ def _rows(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    # This logger alone: fbgemm writes pages about every kernel to the root logger.
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", type=int, nargs="*", default=[16, 64])
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[4096, 16384])

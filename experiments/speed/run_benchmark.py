@@ -61,7 +61,10 @@ CONTENDERS = (
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    # This logger alone: fbgemm writes pages about every kernel to the root logger.
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     options = _parse()
     pythons = {"recemb": sys.executable, "deepctr": options.deepctr_python, "fuxictr": options.fuxictr_python}
     chosen = [c for c in CONTENDERS if options.only is None or any(part in c.name for part in options.only)]
