@@ -139,7 +139,9 @@ class Manifest:
         return [self.root / file.path for file in self.split(split).files]
 
     def train_counts(self, feature: str) -> pa.ChunkedArray:
-        """(num_embeddings,) int64 rows of train in which each id of ``feature`` occurs, by id.
+        """(num_embeddings,) int64 train rows in which each id of ``feature`` occurs, by id.
+
+        For lists, and for a table that several features share: occurrences, over all the table's features.
 
         Raises:
             ValueError: the feature has no vocabulary file, so nobody counted.
