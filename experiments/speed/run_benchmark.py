@@ -185,7 +185,9 @@ def git_state() -> dict[str, Any]:
             ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False
         ).stdout.strip()
 
-    return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "recemb", "experiments"))}
+    # Results are what a run writes, not what it runs.
+    changes = git("status", "--porcelain", "--", "recemb", "experiments/speed", ":!experiments/speed/results")
+    return {"sha": git("rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
 if __name__ == "__main__":
