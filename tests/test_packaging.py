@@ -117,11 +117,13 @@ def test_readme_names_the_commands_and_the_versions() -> None:
         assert re.search(rf"{name}[^\n]*{re.escape(minor)}", readme, re.IGNORECASE), name
 
 
-def test_readme_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    names: dict[str, object] = {}
-    exec(example, names)
-    assert type(names["model"]).__name__ == "DLRM"
+def test_readme_examples_run() -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        names: dict[str, object] = {}
+        exec(example, names)
+        assert type(names["model"]).__name__ == "DLRM"
 
 
 def test_configs_are_found_beside_the_package() -> None:
