@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing
 from hydra.utils import instantiate
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -25,8 +21,8 @@ from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
 from recemb.sharding import plan_shards
 from tests.embedding_cases import KEYS, bags, embedding_configs, load_embedding_config, small_tables
+from tests.gloo import WORLD_SIZE, run_ranks
 
-WORLD_SIZE = 2
 OPTIMIZER = EmbeddingOptimizer("rowwise_adagrad", 0.1)
 DENSE = partial(torch.optim.SGD, lr=0.1)
 
@@ -72,10 +68,7 @@ def joined(*, single: bool) -> KeyedJaggedTensor:
     return bags(KEYS, [[*a, *b] for a, b in zip(first, second, strict=True)])
 
 
-def run_rank(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
-    dist.init_process_group("gloo")
+def run_rank(rank: int, folder: Path) -> None:
     for name, method in methods().items():
         for placement in ("table_wise", "row_wise"):
             torch.manual_seed(0)
@@ -105,17 +98,13 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
             torch.save(outputs, folder / f"{name}-{placement}-{rank}.pt")
             state = {"model": sharded.state_dict(), "tables": optimizer.state_dict()["fused"]}
             dcp.save(state, checkpoint_id=str(folder / f"{name}-{placement}"))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Asserts equal forwards inside; a failing rank fails the spawn.
-    torch.multiprocessing.spawn(run_rank, (port, path), nprocs=WORLD_SIZE)
+    run_ranks(run_rank, path)
     return path
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 
 from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
@@ -21,9 +17,10 @@ from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
 from recemb.table_rows import read_rows, write_rows
 from tests.embedding_cases import KEYS, bags, small_tables
+from tests.gloo import WORLD_SIZE, run_ranks
 from tests.test_sharding import Model
 
-WORLD_SIZE, STEPS = 2, 6
+STEPS = 6
 METHODS: dict[str, Method] = {
     "cce": partial(ClusteredCompositional, num_clusters=200, cluster_at_steps=[2, 4]),
     "cafe": partial(Cafe, num_embeddings=500, threshold=3.0, decay=0.5),
@@ -73,25 +70,18 @@ def maps(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in group.named_buffers() if not tensor.is_floating_point()}
 
 
-def run_rank(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
-    dist.init_process_group("gloo")
+def run_rank(rank: int, folder: Path) -> None:
     for name, method in METHODS.items():
         for placement in ("table_wise", "row_wise"):
             model, optimizer = prepared(method, placement)
             train(model, optimizer, [rank])
             torch.save((maps(model), outputs(model)), folder / f"{name}-{placement}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, path), nprocs=WORLD_SIZE)
+    run_ranks(run_rank, path)
     return path
 
 

@@ -1,0 +1,28 @@
+"""Two processes that train together on gloo, for tests of sharding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+WORLD_SIZE = 2
+
+
+def run_ranks(function: Callable[[int, Path], None], folder: Path) -> None:
+    """``function(rank, folder)`` in two processes of one process group; a failing rank fails the caller."""
+    torch.multiprocessing.spawn(_run_rank, (function, folder), nprocs=WORLD_SIZE)
+
+
+def _run_rank(rank: int, function: Callable[[int, Path], None], folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
+    # A file as meeting place: no port that another process might take first.
+    store = f"file://{folder / 'meeting-place'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    function(rank, folder)
+    dist.destroy_process_group()
