@@ -150,18 +150,37 @@ class Study:
         readme.write_text(f"{before}{BEGIN}\n{self._table()}\n{END}{after}")
 
     def _table(self) -> str:
-        lines = [
-            "| run | setting chosen on validation | test AUC | test log loss | best possible AUC "
-            "| bytes | ratio | samples/s | seeds |",
-            "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-        ]
+        # Samples a second stay in the JSON: cells share the machine, so they compare nothing here.
+        columns = ["run", "test AUC", "test log loss", "best possible AUC", "bytes", "ratio", "seeds"]
+        if self.grid:
+            columns.insert(1, "setting chosen on validation")
+        lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         for name in self.runs:
             cells = [
                 json.loads(self._path(name, seed).read_text()) for seed in self.seeds if self._path(name, seed).exists()
             ]
             if cells:
-                lines.append(_row(name, cells, self._best(name)))
+                lines.append(self._row(name, cells, len(columns)))
         return "\n".join(lines)
+
+    def _row(self, name: str, cells: list[dict[str, Any]], width: int) -> str:
+        if "refused" in cells[0]:
+            return f"| {name} | {cells[0]['refused']} {'| ' * (width - 2)}|"
+        optima = [cell["data"]["optimum"]["auc"] for cell in cells if cell["data"].get("optimum")]
+        embedding = cells[0]["embedding"]
+        columns = [
+            name,
+            _spread([cell["test"]["auc"] for cell in cells]),
+            _spread([cell["test"]["logloss"] for cell in cells]),
+            f"{optima[0]:.4f}" if optima else "-",
+            f"{embedding['bytes']:,}",
+            f"{embedding['ratio']:.1f}x",
+            str(len(cells)),
+        ]
+        if self.grid:
+            chosen = (text.split("=") for text in self._best(name))
+            columns.insert(1, ", ".join(f"{key.split('.')[-1]} {value}" for key, value in chosen) or "-")
+        return f"| {' | '.join(columns)} |"
 
 
 def train_once(overrides: list[str]) -> dict[str, Any]:
@@ -180,29 +199,9 @@ def train_once(overrides: list[str]) -> dict[str, Any]:
             return {"refused": str(error)}
 
 
-def _row(name: str, cells: list[dict[str, Any]], setting: list[str]) -> str:
-    if "refused" in cells[0]:
-        return f"| {name} | {cells[0]['refused']} | - | - | - | - | - | - | - |"
-    optima = [cell["data"]["optimum"]["auc"] for cell in cells if cell["data"].get("optimum")]
-    embedding = cells[0]["embedding"]
-    short = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in (text.split("=") for text in setting)) or "-"
-    columns = [
-        name,
-        short,
-        _spread([cell["test"]["auc"] for cell in cells]),
-        _spread([cell["test"]["logloss"] for cell in cells]),
-        f"{optima[0]:.4f}" if optima else "-",
-        f"{embedding['bytes']:,}",
-        f"{embedding['ratio']:.1f}x",
-        f"{statistics.median(cell['train']['samples_per_second'] for cell in cells):,.0f}",
-        str(len(cells)),
-    ]
-    return f"| {' | '.join(columns)} |"
-
-
 def _spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def _write(path: Path, content: Any) -> None:
