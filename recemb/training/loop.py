@@ -111,6 +111,8 @@ class TrainingLoop:
         self.samples = 0
         # Of steps only, waiting for batches included: validation and checkpoints are no training.
         self.seconds = 0.0
+        # Of all threads, the loader's included: a neighbour on the machine does not change it as it does ``seconds``.
+        self.cpu_seconds = 0.0
         self._steps_per_epoch = len(loader)
         self._groups = compressed_groups(model)
         self._factor: float | None = None
@@ -136,7 +138,8 @@ class TrainingLoop:
         self.loader.load_state_dict(state["loader"])
         load_model_tensors(last, self.model)
         load_optimizer_tensors(last, self.optimizer)
-        self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+        self.step, self.samples = state["step"], state["samples"]
+        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
         self.stopping.load_state_dict(state["stopping"])
         restore_random_state(state["random"][rank])
         if is_first_rank():
@@ -151,7 +154,7 @@ class TrainingLoop:
             OSError: a checkpoint or log could not be written; the last checkpoint is whole.
         """
         self.model.train()
-        self._clock = time.perf_counter()
+        self._start_clocks()
         while not self.finished:
             for batch in self.loader:
                 self._train_step(batch.to(self.device))
@@ -201,16 +204,20 @@ class TrainingLoop:
         if saves:
             self._save()
         if saves or validates:
-            self._clock = time.perf_counter()
+            self._start_clocks()
+
+    def _start_clocks(self) -> None:
+        self._clock, self._cpu_clock = time.perf_counter(), time.process_time()
 
     def _log(self, log: StepLog, progress: Progress) -> None:
         losses = torch.stack(self._window).tolist()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise ValueError(self._diagnose(self.step - len(losses) + index, loss, None))
-        now = time.perf_counter()
-        elapsed, self._clock = now - self._clock, now
+        elapsed = time.perf_counter() - self._clock
         self.seconds += elapsed
+        self.cpu_seconds += time.process_time() - self._cpu_clock
+        self._start_clocks()
         # Of all ranks, whose batches count alike.
         loss, samples, ranks = sum_over_ranks([math.fsum(losses) / len(losses), self._window_samples, 1], self.device)
         loss /= ranks
@@ -230,6 +237,7 @@ class TrainingLoop:
         state = {
             "samples": self.samples,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "stopping": self.stopping.state_dict(),
             "loader": self.loader.state_dict(),
             "random": [json.loads(text) for text in gather_texts(json.dumps(random_state()))],

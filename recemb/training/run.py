@@ -241,6 +241,7 @@ class _Run:
                 "samples": loop.samples,
                 "samples_per_second": loop.samples / loop.seconds,
                 "seconds": loop.seconds,
+                "samples_per_cpu_second": loop.samples / loop.cpu_seconds,
                 "steps": loop.step,
                 "epochs": loop.step / len(self.data.train),
                 "stopped_early": self.stopping.should_stop,
