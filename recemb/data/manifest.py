@@ -48,11 +48,15 @@ class CategoricalFeature:
         name: column name, also the feature's key in the KeyedJaggedTensor.
         num_embeddings: number of ids, in rows of a full table; None for hashed ids in [0, 2**63).
         kind: ``"single"`` (one id a row), ``"list"`` (a bag of ids) or ``"sequence"`` (a list, oldest to newest).
-        table: name of the id space; features of one table share ids (target item and history).
+        table: name of the id space; features of one table share ids. A sequence of past items names the table of the
+            single feature it is a history of (the target item), which by default has that feature's name.
         vocabulary: path of the vocabulary file relative to the manifest, None where ids were given or hashed.
         min_count: train rows a value needs to get an id of its own.
         out_of_vocabulary: id of every value without one of its own, None where there is none.
         max_length: longest list kept (latest entries), None for single.
+        events: for sequences, the list of events they describe: sequences of equal ``events`` are parallel, entry i of
+            each (item, its category, its shop) belongs to event i, so in every row they are equally long. Default
+            ``"history"``; another name for a second list (purchases beside clicks). Empty for other kinds.
     """
 
     name: str
@@ -63,14 +67,19 @@ class CategoricalFeature:
     min_count: int = 1
     out_of_vocabulary: int | None = None
     max_length: int | None = None
+    events: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in ("single", "list", "sequence"):
             raise ValueError(f"feature {self.name!r}: kind must be 'single', 'list' or 'sequence', got {self.kind!r}")
         if self.num_embeddings is not None and self.num_embeddings < 1:
             raise ValueError(f"feature {self.name!r}: num_embeddings must be at least 1, got {self.num_embeddings}")
+        if self.events and self.kind != "sequence":
+            raise ValueError(f"feature {self.name!r}: events is for sequences, got kind {self.kind!r}")
         if not self.table:
             object.__setattr__(self, "table", self.name)
+        if self.kind == "sequence" and not self.events:
+            object.__setattr__(self, "events", "history")
 
 
 @dataclass(frozen=True)

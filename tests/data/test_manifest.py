@@ -164,3 +164,10 @@ def test_saving_replaces_the_file_at_once_and_leaves_nothing_behind(manifest):
     dataclasses.replace(manifest, source="criteo").save()
     assert Manifest.load(manifest.root).source == "criteo"
     assert [path.name for path in manifest.root.iterdir() if path.name.startswith(".")] == []
+
+
+def test_sequences_are_parallel_unless_they_name_another_list_of_events():
+    assert CategoricalFeature("item_history", 5, "sequence", table="item").events == "history"
+    assert CategoricalFeature("bought", 5, "sequence", table="item", events="purchases").events == "purchases"
+    with pytest.raises(ValueError, match="'item': events is for sequences, got kind 'single'"):
+        CategoricalFeature("item", 5, events="history")
