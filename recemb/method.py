@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, cast
 
 import torch
@@ -25,6 +26,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recemb.bags import Bags
+from recemb.plan import CompressionPlan
 
 # num_embeddings of a table whose ids are 64-bit hashes in [0, 2**63): no vocabulary, for methods that hash.
 UNBOUNDED = 2**63 - 1
@@ -48,6 +50,7 @@ class CompressedTables(nn.Module):
     Attributes:
         physical_tables: ``lookups`` as given; sharded collections do not tell.
         equal_batches: set by sharding where ranks must look up equally many bags, see ``read``.
+        frozen: look rows up without training them, see ``frozen_tables``.
         budget_knob: constructor argument that a byte budget turns (an integer), None where size is fixed.
         supports_unbounded: takes tables of ``UNBOUNDED`` ids.
         stacks_tables: reads all tables of a group at once; where not, unpooled collections make a group per table.
@@ -65,6 +68,7 @@ class CompressedTables(nn.Module):
         self.physical_tables = [list(group) for group in lookups]
         self.feature_names = [name for table in tables for name in table.feature_names]
         self.equal_batches = False
+        self.frozen = False
         device = torch.get_default_device()
         self.lookups = nn.ModuleList(EmbeddingBagCollection(tables=list(group), device=device) for group in lookups)
         is_mean = [table.pooling == PoolingType.MEAN for table in tables for _ in table.feature_names]
@@ -103,6 +107,34 @@ class CompressedTables(nn.Module):
         The training loop of recemb does; a loop of one's own calls it for each of ``compressed_groups(model)``.
         Nothing by default.
         """
+
+    def penalty(self) -> Tensor | None:
+        """A term of the training loss, of the ids that were looked up last; None: none."""
+        return None
+
+    def architecture_parameters(self) -> list[nn.Parameter]:
+        """What a search learns besides weights (thresholds, selections): ``architecture_optimizer`` alone moves it."""
+        return []
+
+    def architecture_optimizer(self) -> torch.optim.Optimizer | None:
+        """A new optimizer of ``architecture_parameters``; None where there are none."""
+        return None
+
+    def derive_plan(self, budget_bytes: int | None) -> CompressionPlan:
+        """The end of a search: what is kept.
+
+        Args:
+            budget_bytes: serving bytes of the tables that may be used; None: as many as the search found useful.
+
+        Raises:
+            ValueError: a budget that the method cannot meet, or not be asked for.
+            TypeError: a method that searches nothing.
+        """
+        raise TypeError(f"{type(self).__name__} searches nothing, so there is no plan to derive")
+
+    def convert(self) -> CompressedTables:
+        """The form that serves: the same vectors bit for bit in evaluation, in as few bytes as they need."""
+        return self
 
     def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
         """Start from trained full tables, where the method can.
@@ -150,6 +182,10 @@ class CompressedTables(nn.Module):
         Where ``equal_batches`` is set, every rank is brought to the largest number of bags of any, with empty ones:
         gloo cannot gather the gradients of row-wise shards otherwise.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self._read(index, features)
+
+    def _read(self, index: int, features: KeyedJaggedTensor) -> Tensor:
         if not self.equal_batches:
             return self._in_order(index, self.collection(index)(features))
         num_bags = features.stride()
@@ -183,6 +219,22 @@ class CompressedTables(nn.Module):
 
     def _dims(self, index: int) -> list[int]:
         return [config.embedding_dim for config in self.physical_tables[index]]
+
+
+@contextmanager
+def frozen_tables(module: nn.Module) -> Iterator[None]:
+    """Inside, lookups read the tables without training them, even where kernels train inside ``backward()``.
+
+    For architecture steps: gradients reach ``architecture_parameters`` and the dense layers, no row moves.
+    """
+    groups = [child for child in module.modules() if isinstance(child, CompressedTables)]
+    for group in groups:
+        group.frozen = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.frozen = False
 
 
 def method_class(method: Method) -> type[CompressedTables]:
