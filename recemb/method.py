@@ -183,9 +183,9 @@ class CompressedTables(nn.Module):
         gloo cannot gather the gradients of row-wise shards otherwise.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._read(index, features)
+            return self._read_now(index, features)
 
-    def _read(self, index: int, features: KeyedJaggedTensor) -> Tensor:
+    def _read_now(self, index: int, features: KeyedJaggedTensor) -> Tensor:
         if not self.equal_batches:
             return self._in_order(index, self.collection(index)(features))
         num_bags = features.stride()

@@ -67,7 +67,7 @@ class TablePlan:
         if self.row_groups is not None:
             if self.kept_columns is None:
                 raise ValueError("row_groups say which kept_columns a row has, got no kept_columns")
-            if n and not (0 <= int(self.row_groups.min()) and int(self.row_groups.max()) < groups):
+            if n and not (int(self.row_groups.min()) >= 0 and int(self.row_groups.max()) < groups):
                 raise ValueError(f"row_groups must be in [0, {groups}) (rows of kept_columns)")
         elif groups > 1:
             raise ValueError(f"kept_columns has {groups} groups, so row_groups must say which row is of which")
