@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingConfig as UnpooledTableConfig
 
 from recemb.budget import fit_to_budget, parse_budget
-from recemb.collection import CompressedEmbeddingBagCollection
+from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from recemb.config import EmbeddingConfig, build_target
-from recemb.data.manifest import Manifest
+from recemb.data.manifest import CategoricalFeature, Manifest
 from recemb.memory import MemoryReport, estimate_memory, full_table_bytes, measure_memory
 from recemb.method import UNBOUNDED, Method, method_class
+from recemb.models.histories import History
 from recemb.optimizers import EmbeddingOptimizer
 
 
@@ -37,17 +39,23 @@ class ModelInputs:
     Args:
         numeric: names of the numeric features, in the order of ``Batch.dense``.
         tables: id spaces, in the order of their first features.
+        histories: sequences that share the tables of single features, their targets; for sequence models. Others pool
+            every feature alike.
+        bags: features of any number of ids a row that are in no history: lists, and sequences without a target.
     """
 
     numeric: tuple[str, ...]
     tables: tuple[TableInput, ...]
+    histories: tuple[History, ...] = ()
+    bags: tuple[str, ...] = ()
 
     @staticmethod
     def of(manifest: Manifest) -> ModelInputs:
         """The inputs of a data set.
 
         Raises:
-            ValueError: features of one table disagree about its number of ids.
+            ValueError: features of one table disagree about its number of ids, or several single features could be
+                the target of a sequence.
         """
         tables: dict[str, TableInput] = {}
         for feature in manifest.categorical:
@@ -59,7 +67,14 @@ class ModelInputs:
                 )
             features = (*known.features, feature.name) if known else (feature.name,)
             tables[feature.table] = TableInput(feature.table, feature.num_embeddings, features)
-        return ModelInputs(tuple(manifest.numeric_names), tuple(tables.values()))
+        histories = _histories(manifest)
+        attended = {name for history in histories for name in history.sequences}
+        bags = tuple(
+            feature.name
+            for feature in manifest.categorical
+            if feature.kind != "single" and feature.name not in attended
+        )
+        return ModelInputs(tuple(manifest.numeric_names), tuple(tables.values()), histories, bags)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -69,7 +84,12 @@ class ModelInputs:
         tables = (
             TableInput(item["name"], item["num_embeddings"], tuple(item["features"])) for item in content["tables"]
         )
-        return ModelInputs(tuple(content["numeric"]), tuple(tables))
+        # Checkpoints from before there were histories have neither of these two.
+        histories = (
+            History(item["events"], tuple(item["sequences"]), tuple(item["targets"]))
+            for item in content.get("histories", ())
+        )
+        return ModelInputs(tuple(content["numeric"]), tuple(tables), tuple(histories), tuple(content.get("bags", ())))
 
     def logical_tables(self, embedding_dim: int) -> list[EmbeddingBagConfig]:
         """One sum-pooled table ``t_<name>`` per id space."""
@@ -82,6 +102,30 @@ class ModelInputs:
             )
             for table in self.tables
         ]
+
+
+def _histories(manifest: Manifest) -> tuple[History, ...]:
+    """Sequences with a target, by list of events."""
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for feature in manifest.categorical:
+        if feature.kind == "sequence" and (target := _target(feature, manifest)) is not None:
+            sequences, targets = found.setdefault(feature.events, ([], []))
+            sequences.append(feature.name)
+            targets.append(target)
+    return tuple(History(events, tuple(names), tuple(targets)) for events, (names, targets) in found.items())
+
+
+def _target(sequence: CategoricalFeature, manifest: Manifest) -> str | None:
+    """The single feature of the sequence's table; of several, the one that has the table's name."""
+    singles = [item.name for item in manifest.categorical if item.kind == "single" and item.table == sequence.table]
+    if sequence.table in singles:
+        return sequence.table
+    if len(singles) > 1:
+        raise ValueError(
+            f"{manifest.root}: sequence {sequence.name!r} shares table {sequence.table!r} with {singles}; its target "
+            f"must be the only single feature of the table, or the one called {sequence.table!r}"
+        )
+    return singles[0] if singles else None
 
 
 def sized_method(config: EmbeddingConfig, tables: list[EmbeddingBagConfig]) -> Method:
@@ -113,7 +157,8 @@ def build_model(
 
     Args:
         config: the tables.
-        head: target of the model, partial; called with ``embeddings`` and ``num_dense``.
+        head: target of the model, partial; called with ``embeddings`` and ``num_dense``. One that also takes
+            ``histories`` and ``bags`` is a sequence model: it gets them, and a collection that does not pool.
         inputs: what it reads.
         optimizer: of the tables, whose state is counted.
 
@@ -125,13 +170,35 @@ def build_model(
     method = sized_method(config, tables)
     estimate = estimate_memory(tables, method, full_below_rows=config.full_below_rows, optimizer=optimizer)
     _check_fits(estimate)
-    # The loader has checked every id against the manifest already.
-    embeddings = CompressedEmbeddingBagCollection(
-        tables, method, full_below_rows=config.full_below_rows, check_ids=False
-    )
+    build = build_target(head)
+    embeddings: nn.Module
+    # The loader has checked every id against the manifest already, hence check_ids=False.
+    if "histories" in inspect.signature(build).parameters:
+        if not inputs.histories:
+            raise ValueError(
+                f"model {head['_target_']} needs histories, and the data set has no sequence that shares its table "
+                "with a single feature (the target)"
+            )
+        embeddings = CompressedEmbeddingCollection(
+            [_unpooled(table) for table in tables], method, full_below_rows=config.full_below_rows, check_ids=False
+        )
+        build = functools.partial(build, histories=inputs.histories, bags=inputs.bags)
+    else:
+        embeddings = CompressedEmbeddingBagCollection(
+            tables, method, full_below_rows=config.full_below_rows, check_ids=False
+        )
     report = measure_memory(embeddings, optimizer)
     assert report == estimate, f"estimated memory {estimate} differs from measured {report}"
-    return build_target(head)(embeddings=embeddings, num_dense=len(inputs.numeric)), report
+    return build(embeddings=embeddings, num_dense=len(inputs.numeric)), report
+
+
+def _unpooled(table: EmbeddingBagConfig) -> UnpooledTableConfig:
+    return UnpooledTableConfig(
+        name=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        feature_names=table.feature_names,
+    )
 
 
 def _check_fits(report: MemoryReport) -> None:

@@ -220,13 +220,15 @@ def _check_fits(model: Callable[..., torch.Tensor], manifest: Manifest, checkpoi
     from recemb.method import UNBOUNDED
 
     embeddings = getattr(model, "embeddings", None)
-    if embeddings is None or not hasattr(embeddings, "embedding_bag_configs"):
+    # Pooled collections have the one, unpooled ones the other.
+    names = ("embedding_bag_configs", "embedding_configs")
+    configs = next((getattr(embeddings, name) for name in names if hasattr(embeddings, name)), None)
+    if configs is None:
         raise ValueError(
-            f"{checkpoint}: a model with `embeddings.embedding_bag_configs()` is required, got {type(model)}"
+            f"{checkpoint}: a model with `embeddings.embedding_bag_configs()` or `embedding_configs()` is required, "
+            f"got {type(model)}"
         )
-    expected = {
-        feature: table.num_embeddings for table in embeddings.embedding_bag_configs() for feature in table.feature_names
-    }
+    expected = {feature: table.num_embeddings for table in configs() for feature in table.feature_names}
     found = {
         feature.name: UNBOUNDED if feature.num_embeddings is None else feature.num_embeddings
         for feature in manifest.categorical

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
-from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
+from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
 from recemb.method import UNBOUNDED, Method
 from recemb.optimizers import EmbeddingOptimizer
 
@@ -83,7 +83,7 @@ class MemoryReport:
         }
 
 
-def full_table_bytes(tables: Sequence[EmbeddingBagConfig]) -> dict[str, int]:
+def full_table_bytes(tables: Sequence[BaseEmbeddingConfig]) -> dict[str, int]:
     """Table name -> bytes of an uncompressed float32 table; unbounded ids have no full table and are left out."""
     return {
         table.name: table.num_embeddings * table.embedding_dim * _VALUE_BYTES
@@ -93,12 +93,13 @@ def full_table_bytes(tables: Sequence[EmbeddingBagConfig]) -> dict[str, int]:
 
 
 def measure_memory(
-    collection: CompressedEmbeddingBagCollection, optimizer: EmbeddingOptimizer | None = None
+    collection: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection,
+    optimizer: EmbeddingOptimizer | None = None,
 ) -> MemoryReport:
     """Bytes of a built collection, before or after ``recemb.prepare``.
 
     Args:
-        collection: on any device, meta included.
+        collection: pooled or not, on any device, meta included.
         optimizer: whose state to count beside the tables; row-wise Adagrad where None.
     """
     optimizer = optimizer or EmbeddingOptimizer()
@@ -107,12 +108,13 @@ def measure_memory(
     for group in compressed_groups(collection):
         weights: set[str] = set()
         for number, physical in enumerate(group.physical_tables):
+            trained_by = group.lookup_optimizers[number] or optimizer
             for config in physical:
                 key = f"lookups.{number}.embedding_bags.{config.name}.weight"
                 weights.add(key)
                 weight = group.get_parameter(key)
                 rows, width = weight.shape
-                tables.append(TableMemory(config.name, rows, width, weight.nbytes, optimizer.state_bytes(rows, width)))
+                tables.append(TableMemory(config.name, rows, width, weight.nbytes, trained_by.state_bytes(rows, width)))
         for key, tensor in group.state_dict().items():
             if key in weights:
                 continue
@@ -120,7 +122,12 @@ def measure_memory(
                 dense_bytes += tensor.nbytes
             else:
                 index_bytes += tensor.nbytes
-    return MemoryReport(tuple(tables), full_table_bytes(collection.embedding_bag_configs()), index_bytes, dense_bytes)
+    logical: Sequence[BaseEmbeddingConfig] = (
+        collection.embedding_configs()
+        if isinstance(collection, CompressedEmbeddingCollection)
+        else collection.embedding_bag_configs()
+    )
+    return MemoryReport(tuple(tables), full_table_bytes(logical), index_bytes, dense_bytes)
 
 
 def estimate_memory(
