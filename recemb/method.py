@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,11 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recemb.bags import Bags
+from recemb.distinct import DistinctIds
 from recemb.plan import CompressionPlan
+
+if TYPE_CHECKING:
+    from recemb.optimizers import EmbeddingOptimizer
 
 # num_embeddings of a table whose ids are 64-bit hashes in [0, 2**63): no vocabulary, for methods that hash.
 UNBOUNDED = 2**63 - 1
@@ -51,15 +55,23 @@ class CompressedTables(nn.Module):
         physical_tables: ``lookups`` as given; sharded collections do not tell.
         equal_batches: set by sharding where ranks must look up equally many bags, see ``read``.
         frozen: look rows up without training them, see ``frozen_tables``.
+        lookup_optimizers: one for each group of ``lookups`` that trains otherwise than the run's tables do, None for
+            the others; a method sets them in its ``__init__``.
+        searches: trains what a search needs, more than it will serve: its plan decides on bytes, and what is built
+            ``from_plan`` has them. A byte budget is then one for ``derive_plan``.
         budget_knob: constructor argument that a byte budget turns (an integer), None where size is fixed.
         supports_unbounded: takes tables of ``UNBOUNDED`` ids.
         stacks_tables: reads all tables of a group at once; where not, unpooled collections make a group per table.
         one_width: every table of a group must have the same embedding_dim; collections then make a group per width.
+        merges_ids: embed each distinct id of a batch once. It costs about half a lookup an id, and click logs repeat
+            three ids of four, so it pays from two lookups an id on.
     """
 
+    searches: ClassVar[bool] = False
     budget_knob: ClassVar[str | None] = None
     supports_unbounded: ClassVar[bool] = False
     one_width: ClassVar[bool] = True
+    merges_ids: ClassVar[bool] = False
     stacks_tables: ClassVar[bool] = True
 
     def __init__(self, tables: Sequence[EmbeddingBagConfig], lookups: Sequence[Sequence[EmbeddingBagConfig]]) -> None:
@@ -68,7 +80,11 @@ class CompressedTables(nn.Module):
         self.physical_tables = [list(group) for group in lookups]
         self.feature_names = [name for table in tables for name in table.feature_names]
         self.equal_batches = False
+        owners = [index for index, table in enumerate(tables) for _ in table.feature_names]
+        sizes = [table.num_embeddings for table in tables]
+        self._distinct_ids = DistinctIds(sizes, owners) if self.merges_ids else None
         self.frozen = False
+        self.lookup_optimizers: list[EmbeddingOptimizer | None] = [None] * len(self.physical_tables)
         device = torch.get_default_device()
         self.lookups = nn.ModuleList(EmbeddingBagCollection(tables=list(group), device=device) for group in lookups)
         is_mean = [table.pooling == PoolingType.MEAN for table in tables for _ in table.feature_names]
@@ -85,6 +101,14 @@ class CompressedTables(nn.Module):
 
     def embed(self, bags: Bags) -> Tensor:
         """The vector of every id, before pooling: (N, D), in the order of ``bags.ids.view(-1)``."""
+        merged = None if self._distinct_ids is None else self._distinct_ids.merge(bags)
+        if merged is None:
+            return self.embed_each(bags)
+        distinct, bags = merged
+        return distinct.expand(self.embed_each(bags))
+
+    def embed_each(self, bags: Bags) -> Tensor:
+        """``embed``, id by id; with ``merges_ids`` it gets distinct ones, never in the ``single`` layout on CPU."""
         slots = self.remap(bags)
         rows = [self.lookup_rows(index, group) for index, group in enumerate(slots)]
         return self.compose(rows, bags)
@@ -131,6 +155,14 @@ class CompressedTables(nn.Module):
             TypeError: a method that searches nothing.
         """
         raise TypeError(f"{type(self).__name__} searches nothing, so there is no plan to derive")
+
+    @classmethod
+    def from_plan(cls, plan: CompressionPlan) -> Method:
+        """The tables that a plan of this search asks for, to be trained and converted."""
+        # Here, because it is a method itself.
+        from recemb.methods.pruned import Pruned
+
+        return functools.partial(Pruned, plan=plan)
 
     def convert(self) -> CompressedTables:
         """The form that serves: the same vectors bit for bit in evaluation, in as few bytes as they need."""

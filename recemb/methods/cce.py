@@ -70,6 +70,7 @@ class ClusteredCompositional(CompressedTables):
     """
 
     budget_knob: ClassVar[str | None] = "num_clusters"
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class ClusteredCompositional(CompressedTables):
     def _flags(self) -> list[bool]:
         return [small for table, small in zip(self.tables, self._shrinks, strict=True) for _ in table.feature_names]
 
-    def embed(self, bags: Bags) -> Tensor:
+    def embed_each(self, bags: Bags) -> Tensor:
         features = None if bags.single else bags.per_id(torch.arange(bags.num_features, device=bags.ids.device))
         first = self.lookup_rows(0, [self._first_slots(bags.ids, features).view(-1)])[0]
         dim = self.tables[0].embedding_dim

@@ -83,6 +83,7 @@ class Complementary(CompressedTables):
     """
 
     budget_knob: ClassVar[str | None] = "num_collisions"
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class DoubleHash(CompressedTables):
     """
 
     budget_knob: ClassVar[str | None] = "num_embeddings"
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class DoubleHash(CompressedTables):
         """The kernel has summed an id's rows already."""
         return rows[0][0]
 
-    def embed(self, bags: Bags) -> Tensor:
+    def embed_each(self, bags: Bags) -> Tensor:
         if bags.ids.numel() == 0:
             return self.compose([self.lookup_rows(0, [bags.ids.view(-1)])], bags)
         [slots] = self.remap(bags)

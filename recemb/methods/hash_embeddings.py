@@ -51,6 +51,7 @@ class HashEmbeddings(CompressedTables):
 
     budget_knob: ClassVar[str | None] = "num_embeddings"
     supports_unbounded: ClassVar[bool] = True
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class HashEmbeddings(CompressedTables):
     def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
         return self._weigh(rows[0][0], self._weights.numbers(rows[1][0], self._positions_of(bags)))
 
-    def embed(self, bags: Bags) -> Tensor:
+    def embed_each(self, bags: Bags) -> Tensor:
         # The positions are hashed once for both ends.
         positions = self._positions_of(bags)
         slots = self._slots(bags, positions)

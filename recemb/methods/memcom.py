@@ -55,6 +55,7 @@ class Memcom(CompressedTables):
     """
 
     budget_knob: ClassVar[str | None] = "num_embeddings"
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class Path(CompressedTables):
     """
 
     budget_knob: ClassVar[str | None] = "num_collisions"
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self, tables: Sequence[EmbeddingBagConfig], *, num_collisions: int, hidden_units: int | None = None
@@ -104,7 +105,7 @@ class Path(CompressedTables):
         order, counts = self._by_map(self._rows_and_maps(bags)[1])
         return self._scatter(self._through_maps(rows[0][0].index_select(0, order), counts), order)
 
-    def embed(self, bags: Bags) -> Tensor:
+    def embed_each(self, bags: Bags) -> Tensor:
         if not self.layers or bags.ids.numel() == 0:
             return self.lookup_rows(0, [self._rows_and_maps(bags)[0].reshape(-1)])[0]
         # Slots are brought together by map before they are looked up, which spares sorting the rows.

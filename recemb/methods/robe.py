@@ -22,7 +22,6 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
-from recemb.distinct import Distinct
 from recemb.hashing import MAX_SLOTS, hash_to_slots, mix, salt
 from recemb.method import UNBOUNDED, CompressedTables, full_table_variance, physical_table, uniform_bound
 
@@ -36,7 +35,7 @@ class Robe(CompressedTables):
     ``array[(hash_t(e // Z) + e % Z) mod M]``. Blocks overlap, so no two ids share more than their blocks happen to.
 
     Memory: ``array_length * 4`` bytes, whatever the vocabularies. It is stored as rows of W floats, and a piece of a
-    vector lies in two neighbouring ones: two lookups a piece, done once for each distinct piece of a batch.
+    vector lies in two neighbouring ones: two lookups a piece, done once for each distinct id of a batch.
 
     Args:
         tables: the logical tables; ids may be unbounded 64-bit hashes.
@@ -61,6 +60,7 @@ class Robe(CompressedTables):
 
     budget_knob: ClassVar[str | None] = "array_length"
     supports_unbounded: ClassVar[bool] = True
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -103,14 +103,11 @@ class Robe(CompressedTables):
         """[[(..., K, 2)]]: the two neighbouring rows that hold each piece."""
         return [[self._rows(self._starts(bags.ids, _per_id(bags, self.salts)))[0]]]
 
-    def embed(self, bags: Bags) -> Tensor:
+    def embed_each(self, bags: Bags) -> Tensor:
         starts = self._starts(bags.ids, _per_id(bags, self.salts))
-        # Frequent ids fill a batch, and what is read here costs two lookups: each piece is read once.
-        pieces = Distinct.of(starts.view(-1), self.array_length)
-        rows, shifts = self._rows(pieces.keys)
+        rows, shifts = self._rows(starts.view(-1))
         pairs = self.lookup_rows(0, [rows])[0].view(-1, 2 * self.width)
-        windows = pieces.expand(_Windows.apply(pairs, shifts))
-        vectors = windows.view(bags.ids.numel(), self.salts.shape[0] * self.width)
+        vectors = _Windows.apply(pairs, shifts).view(bags.ids.numel(), self.salts.shape[0] * self.width)
         if self.sign_salts is not None:
             vectors = vectors * _signs(bags.ids, _per_id(bags, self.sign_salts), vectors.shape[1])
         return vectors
