@@ -122,9 +122,7 @@ def write_table() -> None:
 def aucs(method: str, place: str) -> dict[int, float]:
     """Seed -> test AUC, of the cells that have been run."""
     paths = {seed: result_path(method, place, seed) for seed in SEEDS}
-    return {
-        seed: float(json.loads(path.read_text())["test"]["auc"]) for seed, path in paths.items() if path.exists()
-    }
+    return {seed: float(json.loads(path.read_text())["test"]["auc"]) for seed, path in paths.items() if path.exists()}
 
 
 if __name__ == "__main__":

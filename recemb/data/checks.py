@@ -71,7 +71,7 @@ def _read_one(manifest: Manifest, split: str, path: Path, column: Column, group:
     """Read one column of one row group: its check names the row. Statistics that merely lie pass."""
     layout = make_layout([column], frozenset([column.name]), ())
     reader = WindowReader(manifest.files(split), layout)
-    window = Window(0, 0, group.rows, (Segment(group, 0, group.rows),))
+    window = Window(0, 0, 0, group.rows, (Segment(group, 0, group.rows),))
     try:
         reader.fill(WindowBuffers(layout, group.rows), window, None)
     finally:

@@ -5,6 +5,7 @@ A background thread decodes the next window of row groups while batches are cut 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,20 +19,23 @@ from recemb.data.manifest import Manifest
 from recemb.data.prefetch import prefetched_windows
 from recemb.data.row_groups import (
     RowGroup,
+    Span,
     Window,
     check_row_count,
+    cut_spans,
     open_parquet,
     order_of,
     plan_windows,
     row_groups_of,
     share_of,
+    spans_of,
 )
 from recemb.data.window import Rows, WindowBuffers, assemble, make_layout
 
 SHUFFLE_BUFFER_ROWS = 262_144
 # Window of an unshuffled loader: one row group of the format, more when they are smaller.
 READ_ROWS = 65_536
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class ParquetLoader:
@@ -43,7 +47,7 @@ class ParquetLoader:
     Ranks: the rows are cut in ``world_size`` shares whose sizes differ by one at most, and every rank takes the same
     number of batches. So that none of them is empty, the last batch of a rank may hold ``batch_size + 1`` rows. A split
     of fewer rows than ranks is an error: a rank without rows would average its loss over nothing. A row group that
-    lies across two shares is read by both.
+    lies across two shares is read by both. Another number of ranks may go on with an epoch, see ``load_state_dict``.
 
     Memory: with R = max(shuffle_buffer_rows, rows of the largest row group), at most
     ``2 * R * (4 * numeric + 4 or 8 * single ids + 1)`` bytes of decoded windows (one consumed, one filled behind it),
@@ -102,7 +106,9 @@ class ParquetLoader:
                 f"world_size={world_size} ranks"
             )
         self._epoch = 0
-        # Batches of the epoch that were handed out.
+        # Of the present epoch: other numbers of ranks that read the first part of it, as (ranks, rows each took).
+        self._earlier: list[tuple[int, int]] = []
+        # Batches handed out since then.
         self._batch = 0
         self._iteration = 0
         # Of the iterator that ended last: memory that is mapped already.
@@ -120,6 +126,16 @@ class ParquetLoader:
         return last - first
 
     @property
+    def batch_size(self) -> int:
+        """Rows of a full batch of this rank."""
+        return self._batch_size
+
+    @property
+    def batches_left(self) -> int:
+        """Batches of the present epoch that were not handed out, equal on every rank."""
+        return self._num_batches(self._world_size, self._batch_size, self._earlier) - self._batch
+
+    @property
     def epoch(self) -> int:
         """The epoch that is being read, or will be: it advances when an iterator is exhausted."""
         return self._epoch
@@ -128,7 +144,7 @@ class ParquetLoader:
         """Go to the beginning of an epoch; iterators that were begun before are void."""
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
-        self._epoch, self._batch = epoch, 0
+        self._epoch, self._batch, self._earlier = epoch, 0, []
         self._iteration += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,26 +153,53 @@ class ParquetLoader:
         Batches that were read ahead do not count. After the last batch of an epoch, before the iterator ended, it
         points at the end of that epoch: the iterator of the resumed loader then ends at once.
         """
-        return {**self._identity(), "epoch": self._epoch, "batch": self._batch}
+        return {
+            **self._identity(),
+            "batch_size": self._batch_size,
+            "world_size": self._world_size,
+            "epoch": self._epoch,
+            "earlier": [list(part) for part in self._earlier],
+            "batch": self._batch,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state`` was taken; only the window in which it lies is read again.
 
+        With the same number of ranks (and batch size), batch by batch as if there had been no interruption. With
+        another number, and any batch size, the rows that the first ranks had not taken of the epoch come exactly once,
+        each on one of the present ranks, whose shares differ by one row at most. Later epochs are as if the present
+        ranks had begun.
+
         Raises:
-            ValueError: the state is of other files or another order (batch size, world size, seed, shuffling), which
-                would repeat rows and leave others out.
+            ValueError: the state is of other files or another order (seed, shuffling; for as many ranks the batch
+                size), which would repeat rows and leave others out; or fewer rows are left in the epoch than there are
+                ranks now.
         """
-        identity = self._identity()
-        missing = [key for key in (*identity, "epoch", "batch") if key not in state]
-        if missing:
+        expected = self.state_dict()
+        if missing := [key for key in expected if key not in state]:
             raise ValueError(f"loader state must have {missing}, got {sorted(state)}")
-        changed = [f"{key} was {state[key]!r}, is {identity[key]!r}" for key in identity if state[key] != identity[key]]
+        same_ranks = state["world_size"] == self._world_size
+        compared = [*self._identity(), *(["batch_size"] if same_ranks else [])]
+        changed = [f"{key} was {state[key]!r}, is {expected[key]!r}" for key in compared if state[key] != expected[key]]
         if changed:
             raise ValueError(f"cannot resume the loader of split {self._split!r}: {'; '.join(changed)}")
-        if not 0 <= state["batch"] <= len(self):
-            raise ValueError(f"loader state: batch must be in [0, {len(self)}], got {state['batch']}")
+        earlier = [(int(ranks), int(taken)) for ranks, taken in state["earlier"]]
+        batches = self._num_batches(state["world_size"], state["batch_size"], earlier)
+        if not 0 <= state["batch"] <= batches:
+            raise ValueError(f"loader state: batch must be in [0, {batches}], got {state['batch']}")
+        if not same_ranks:
+            # The last batch of an epoch may be longer than the others.
+            is_over = state["batch"] == batches
+            taken = self._total_rows if is_over else state["batch"] * state["batch_size"]
+            earlier.append((state["world_size"], taken))
+            shares = [_rows(spans) for spans in spans_of(self._total_rows, self._world_size, earlier)]
+            if not is_over and 0 in shares:
+                raise ValueError(
+                    f"cannot resume the loader of split {self._split!r}: the epoch has {sum(shares)} rows left, it "
+                    f"needs one at least for each of world_size={self._world_size} ranks"
+                )
         self.set_epoch(state["epoch"])
-        self._batch = state["batch"]
+        self._earlier, self._batch = earlier, state["batch"] if same_ranks else 0
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the present epoch; an exhausted iterator leaves the loader at the next one.
@@ -167,9 +210,8 @@ class ParquetLoader:
         return self._batches(self._iteration)
 
     def _batches(self, iteration: int) -> Iterator[Batch]:
-        # The last batch may be longer than the others, so the end is not a multiple of the batch size.
-        position = self.num_rows if self._batch == len(self) else self._batch * self._batch_size
-        windows = [window for window in self._windows() if window.first_row + window.rows > position]
+        parts = self._parts()
+        windows = [window for window, _, _ in parts]
         capacity = max((window.rows for window in windows), default=0)
         reader = WindowReader(self._manifest.files(self._split), self._layout)
         epoch = self._epoch
@@ -184,27 +226,43 @@ class ParquetLoader:
         stream = prefetched_windows(windows, buffers, fill)
         try:
             pieces: list[Rows] = []
-            needed = self._batch_rows(self._batch)
-            for window in stream:
-                offset = max(position - window.first_row, 0)
-                while offset < window.rows:
-                    taken = min(needed, window.rows - offset)
+            sizes = self._batch_sizes()
+            needed = next(sizes, 0)
+            for window, (_, offset, stop) in zip(stream, parts, strict=False):
+                while offset < stop:
+                    taken = min(needed, stop - offset)
                     pieces.append(window.cut(offset, offset + taken))
-                    offset, needed, position = offset + taken, needed - taken, position + taken
+                    offset, needed = offset + taken, needed - taken
                     if not needed:
                         self._check_current(iteration)
                         self._batch += 1
                         yield assemble(self._layout, pieces)
-                        pieces, needed = [], self._batch_rows(self._batch)
+                        pieces, needed = [], next(sizes, 0)
         finally:
             stream.close()
             reader.close()
             self._buffers = buffers
         self._check_current(iteration)
-        self._epoch, self._batch = epoch + 1, 0
+        self._epoch, self._batch, self._earlier = epoch + 1, 0, []
 
-    def _batch_rows(self, batch: int) -> int:
-        return self._batch_size if batch < len(self) - 1 else self.num_rows - batch * self._batch_size
+    def _num_batches(self, world_size: int, batch_size: int, earlier: Sequence[tuple[int, int]]) -> int:
+        """Batches that each of ``world_size`` ranks reads of an epoch after ``earlier`` ones."""
+        smallest_share = min(_rows(spans) for spans in spans_of(self._total_rows, world_size, earlier))
+        return -(-smallest_share // batch_size)
+
+    def _rest(self) -> list[Span]:
+        """What is left of the present epoch on this rank."""
+        spans = spans_of(self._total_rows, self._world_size, self._earlier)[self._rank]
+        # The last batch may be longer than the others, so the end is not a multiple of the batch size.
+        taken = self._batch * self._batch_size if self.batches_left else self._total_rows
+        return cut_spans(spans, taken, self._total_rows)
+
+    def _batch_sizes(self) -> Iterator[int]:
+        left = self.batches_left
+        if not left:
+            return iter(())
+        last = _rows(self._rest()) - (left - 1) * self._batch_size
+        return itertools.chain(itertools.repeat(self._batch_size, left - 1), [last])
 
     def _check_current(self, iteration: int) -> None:
         if iteration != self._iteration:
@@ -212,15 +270,21 @@ class ParquetLoader:
                 f"loader of split {self._split!r}: this iterator is void, another was begun or the loader was moved"
             )
 
-    def _windows(self) -> list[Window]:
+    def _parts(self) -> list[tuple[Window, int, int]]:
+        """The windows in which the rest of the epoch lies, each with its first and one past its last row of it."""
         order = order_of(self._row_groups, shuffle=self._shuffle, seed=self._seed, epoch=self._epoch)
-        first, last = share_of(self._total_rows, self._rank, self._world_size)
-        return plan_windows(order, first, last, self._window_rows)
+        first_ranks = self._earlier[0][0] if self._earlier else self._world_size
+        return [
+            (window, max(span.start - window.first_row, 0), min(span.stop - window.first_row, window.rows))
+            for span in self._rest()
+            for window in plan_windows(order, span.rank, first_ranks, self._window_rows)
+            if window.first_row < span.stop and span.start < window.first_row + window.rows
+        ]
 
     def _mix(self, epoch: int, window: Window) -> np.ndarray | None:
         if not self._shuffle:
             return None
-        generator = np.random.default_rng([self._seed, epoch, self._rank, window.number])
+        generator = np.random.default_rng([self._seed, epoch, window.rank, window.number])
         # 32 bits leave more of the cache to the columns that are gathered.
         return generator.permutation(window.rows).astype(np.int32)
 
@@ -231,12 +295,14 @@ class ParquetLoader:
             "version": STATE_VERSION,
             "split": self._split,
             "files": xxhash.xxh3_64_hexdigest(content.encode()),
-            "batch_size": self._batch_size,
-            "world_size": self._world_size,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "window_rows": self._window_rows,
         }
+
+
+def _rows(spans: Sequence[Span]) -> int:
+    return sum(span.stop - span.start for span in spans)
 
 
 def _check_arguments(batch_size: int, seed: int, rank: int, world_size: int, shuffle_buffer_rows: int) -> None:

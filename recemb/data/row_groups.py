@@ -3,6 +3,9 @@
 The order of the row groups is drawn from (seed, epoch). Their rows, in that order, are one long sequence; rank r of W
 owns positions ``N * r // W`` to ``N * (r + 1) // W`` of it, so ranks neither overlap nor leave rows out, and their
 shares differ by one row at most. A rank cuts its share in *windows* of a few row groups, whose rows are mixed.
+
+An epoch may be continued by another number of ranks. Nothing above changes then: what each of the first ranks had left
+of its order makes, rank after rank, one sequence, which is cut in equal shares again.
 """
 
 from __future__ import annotations
@@ -39,15 +42,26 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """Rows ``start`` to ``stop`` of the order of ``rank``, one of the ranks with which the epoch was begun."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """Segments that are in memory together and are mixed.
 
     Args:
+        rank: whose share it is cut from; part of the seed of the mix.
         number: position among the windows of the rank and epoch; part of the seed of the mix.
         first_row: rows of the rank's share that come before.
         rows: rows of all segments.
     """
 
+    rank: int
     number: int
     first_row: int
     rows: int
@@ -95,6 +109,36 @@ def share_of(rows: int, rank: int, world_size: int) -> tuple[int, int]:
     return rows * rank // world_size, rows * (rank + 1) // world_size
 
 
+def spans_of(rows: int, world_size: int, earlier: Sequence[tuple[int, int]]) -> list[list[Span]]:
+    """Which rows of an epoch each rank reads, in order.
+
+    Args:
+        rows: of the split.
+        world_size: ranks that read now.
+        earlier: ranks that began the epoch, and others that went on before the present ones: each as (number of them,
+            rows that each had taken when they ended; more than it had means all).
+    """
+    worlds = [*(world for world, _ in earlier), world_size]
+    shares = [share_of(rows, rank, worlds[0]) for rank in range(worlds[0])]
+    spans = [[Span(rank, 0, last - first)] for rank, (first, last) in enumerate(shares)]
+    for world, (_, taken) in zip(worlds[1:], earlier, strict=True):
+        rest = [span for of_rank in spans for span in cut_spans(of_rank, taken, rows)]
+        left = sum(span.stop - span.start for span in rest)
+        spans = [cut_spans(rest, *share_of(left, rank, world)) for rank in range(world)]
+    return spans
+
+
+def cut_spans(spans: Sequence[Span], first: int, last: int) -> list[Span]:
+    """Rows ``first`` to ``last`` of the sequence that ``spans`` make."""
+    result = []
+    for span in spans:
+        start, stop = span.start + max(first, 0), min(span.start + last, span.stop)
+        if start < stop:
+            result.append(Span(span.rank, start, stop))
+        first, last = first - (span.stop - span.start), last - (span.stop - span.start)
+    return result
+
+
 def order_of(row_groups: Sequence[RowGroup], *, shuffle: bool, seed: int, epoch: int) -> list[RowGroup]:
     """The row groups in the order of an epoch, equal on every rank."""
     if not shuffle:
@@ -103,12 +147,13 @@ def order_of(row_groups: Sequence[RowGroup], *, shuffle: bool, seed: int, epoch:
     return [row_groups[position] for position in order]
 
 
-def plan_windows(row_groups: Sequence[RowGroup], first: int, last: int, window_rows: int) -> list[Window]:
-    """Cut rows ``first`` to ``last`` of the ordered row groups into windows.
+def plan_windows(row_groups: Sequence[RowGroup], rank: int, world_size: int, window_rows: int) -> list[Window]:
+    """Cut the share of a rank of the ordered row groups into windows.
 
     A window takes row groups while their rows (whole row groups: that is what is read) stay within ``window_rows``,
     and always at least one.
     """
+    first, last = share_of(sum(group.rows for group in row_groups), rank, world_size)
     windows: list[Window] = []
     segments: list[Segment] = []
     read_rows = 0
@@ -118,16 +163,16 @@ def plan_windows(row_groups: Sequence[RowGroup], first: int, last: int, window_r
         if start >= stop:
             continue
         if segments and read_rows + group.rows > window_rows:
-            _close(windows, segments)
+            _close(windows, rank, segments)
             segments, read_rows = [], 0
         segments.append(Segment(group, start, stop))
         read_rows += group.rows
     if segments:
-        _close(windows, segments)
+        _close(windows, rank, segments)
     return windows
 
 
-def _close(windows: list[Window], segments: Sequence[Segment]) -> None:
+def _close(windows: list[Window], rank: int, segments: Sequence[Segment]) -> None:
     first_row = windows[-1].first_row + windows[-1].rows if windows else 0
     rows = sum(segment.stop - segment.start for segment in segments)
-    windows.append(Window(len(windows), first_row, rows, tuple(segments)))
+    windows.append(Window(rank, len(windows), first_row, rows, tuple(segments)))

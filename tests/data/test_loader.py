@@ -154,7 +154,6 @@ def test_resuming_does_not_read_windows_that_are_finished(monkeypatch):
     [
         ({"batch_size": 11}, "batch_size was 10, is 11"),
         ({"seed": 1}, "seed was 0, is 1"),
-        ({"world_size": 2}, "world_size was 1, is 2"),
         ({"shuffle": False}, "shuffle was True, is False"),
         ({"shuffle_buffer_rows": 64}, "window_rows was 128, is 64"),
     ],
@@ -164,6 +163,67 @@ def test_resuming_with_another_order_is_an_error(changed, message):
     state = make(data_set(), **arguments).state_dict()
     with pytest.raises(ValueError, match=f"cannot resume the loader of split 'train'.*{message}"):
         make(data_set(), **{**arguments, **changed}).load_state_dict(state)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    worlds=st.lists(st.integers(1, 5), min_size=2, max_size=5),
+    batch_sizes=st.lists(st.sampled_from([1, 2, 3, 7, 16, 60]), min_size=5, max_size=5),
+    shares=st.lists(st.floats(0, 1), min_size=5, max_size=5),
+    layout=st.sampled_from([(101, 10, 2), (64, 1000, 1), (37, 5, 3)]),
+    shuffle=st.booleans(),
+    buffer_rows=st.sampled_from([1, 25, 10_000]),
+    epoch=st.integers(0, 1),
+)
+def test_other_ranks_go_on_with_the_rows_that_were_left_each_exactly_once(
+    worlds, batch_sizes, shares, layout, shuffle, buffer_rows, epoch
+):
+    manifest, rows = data_set(*layout), layout[0]
+    seen, state = [], None
+    for turn, (world_size, batch_size) in enumerate(zip(worlds, batch_sizes, strict=False)):
+        # As many ranks go on with their own batch size only.
+        batch_size = batch_size if state is None or state["world_size"] != world_size else state["batch_size"]
+        arguments = {"batch_size": batch_size, "shuffle": shuffle, "shuffle_buffer_rows": buffer_rows}
+        loaders = [make(manifest, rank=rank, world_size=world_size, **arguments) for rank in range(world_size)]
+        for loader in loaders:
+            loader.set_epoch(epoch)
+            if state is not None and state["world_size"] != world_size and 0 < rows - len(seen) < world_size:
+                with pytest.raises(ValueError, match=f"has {rows - len(seen)} rows left, it needs one at least for"):
+                    loader.load_state_dict(state)
+                return
+            if state is not None:
+                loader.load_state_dict(state)
+        [left] = {loader.batches_left for loader in loaders}
+        is_last = turn == len(worlds) - 1
+        taken = left if is_last else round(shares[turn] * left)
+        iterators = [iter(loader) for loader in loaders]
+        batches = [[next(iterator) for _ in range(taken)] for iterator in iterators]
+        assert all(1 <= len(batch) <= batch_size + 1 for mine in batches for batch in mine)
+        seen += [number for mine in batches for number in row_numbers(mine)]
+        state, *others = [json.loads(json.dumps(loader.state_dict())) for loader in loaders]
+        assert all(other == state for other in others)
+        assert not is_last or [next(iterator, None) for iterator in iterators] == [None] * world_size
+        for iterator in iterators:
+            iterator.close()
+    assert sorted(seen) == list(range(rows))
+    # The next epoch is that of the present ranks.
+    following = [row_numbers(list(loader)) for loader in loaders]
+    for loader, order in zip(loaders, following, strict=True):
+        loader.set_epoch(epoch + 1)
+        assert row_numbers(list(loader)) == order
+    assert sorted(itertools.chain(*following)) == list(range(rows))
+
+
+def test_other_ranks_take_up_the_orders_of_the_first_where_these_ended():
+    manifest = data_set(101, 10, 2)
+    arguments = {"batch_size": 7, "shuffle": True, "shuffle_buffer_rows": 30}
+    before = [make(manifest, rank=rank, world_size=2, **arguments) for rank in range(2)]
+    state = {**before[0].state_dict(), "batch": 3}
+    orders = [row_numbers(list(loader)) for loader in before]
+    loader = make(manifest, **arguments)
+    loader.load_state_dict(state)
+    assert loader.batches_left == -(-(101 - 2 * 21) // 7)
+    assert row_numbers(list(loader)) == orders[0][21:] + orders[1][21:]
 
 
 def test_resuming_on_other_files_or_with_a_foreign_state_is_an_error(tmp_path):
