@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from recemb.id_checks import IdChecks
 from recemb.method import UNBOUNDED, CompressedTables, Method, method_class
 from recemb.methods.full import Full
+from recemb.optimizers import EmbeddingOptimizer
 
 
 class CompressedEmbeddingBagCollection(nn.Module):
@@ -233,6 +234,16 @@ def _parts(
 def compressed_groups(module: nn.Module) -> list[CompressedTables]:
     """Every method instance inside ``module``."""
     return [child for child in module.modules() if isinstance(child, CompressedTables)]
+
+
+def own_optimizers(module: nn.Module) -> dict[int, EmbeddingOptimizer]:
+    """``id`` of each collection that its method has trained otherwise than the run's tables -> how."""
+    return {
+        id(group.lookups[index]): optimizer
+        for group in compressed_groups(module)
+        for index, optimizer in enumerate(group.lookup_optimizers)
+        if optimizer is not None
+    }
 
 
 def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:

@@ -75,6 +75,8 @@ class TrainingOptimizer:
         fused: module path -> tables that fbgemm trains.
         optimizers: name -> torch optimizer of everything else (``"dense"``, and ``"sparse"`` for Adam on CPU).
         sharded: TorchRec's optimizer of tables spread over ranks, where there is a process group.
+        architecture: those of ``CompressedTables.architecture_optimizer``, which no schedule of learning rates
+            touches: what they step is not a weight.
     """
 
     def __init__(
@@ -82,13 +84,15 @@ class TrainingOptimizer:
         fused: Mapping[str, FusedTables],
         optimizers: Mapping[str, torch.optim.Optimizer],
         sharded: KeyedOptimizer | None = None,
+        architecture: Sequence[torch.optim.Optimizer] = (),
     ) -> None:
         self.fused = dict(fused)
-        self.optimizers = dict(optimizers)
+        self.architecture = {f"architecture{index}": optimizer for index, optimizer in enumerate(architecture)}
+        self.optimizers = {**optimizers, **self.architecture}
         self.sharded = sharded
         self._sharded_rates = [group["lr"] for group in sharded.param_groups] if sharded is not None else []
         self._base_rates = {
-            name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in self.optimizers.items()
+            name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()
         }
 
     def zero_grad(self) -> None:
@@ -99,10 +103,21 @@ class TrainingOptimizer:
         for optimizer in self.optimizers.values():
             optimizer.step()
 
-    def set_learning_rate_factor(self, factor: float) -> None:
-        """Train everything at ``factor`` times the learning rates it was built with, from the next backward on."""
+    def step_weights(self, *, dense: bool = True) -> None:
+        """``step`` but for architectures; without ``dense``, tables alone."""
         for name, optimizer in self.optimizers.items():
-            for group, base in zip(optimizer.param_groups, self._base_rates[name], strict=True):
+            if name not in self.architecture and (dense or name != "dense"):
+                optimizer.step()
+
+    def step_architecture(self) -> None:
+        """``step`` for architectures alone."""
+        for optimizer in self.architecture.values():
+            optimizer.step()
+
+    def set_learning_rate_factor(self, factor: float) -> None:
+        """Train all weights at ``factor`` times the learning rates they began with, from the next backward on."""
+        for name, rates in self._base_rates.items():
+            for group, base in zip(self.optimizers[name].param_groups, rates, strict=True):
                 group["lr"] = base * factor
         for tables in self.fused.values():
             tables.set_learning_rate_factor(factor)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from recemb.collection import compressed_groups, own_optimizers
 from recemb.fused import FusedTables
 from recemb.optimizers import EmbeddingOptimizer, TrainingOptimizer
 from recemb.sharding import dense_parameters, shard
@@ -56,31 +57,43 @@ def prepare(
     device = torch.device(device)
     if dist.is_initialized():
         sharded, table_optimizer = shard(model, embedding_optimizer, device, placement=placement, caching=caching)
-        dense = dense_parameters(sharded)
-        return sharded, TrainingOptimizer({}, {"dense": dense_optimizer(dense)} if dense else {}, table_optimizer)
-    collections = {path: child for path, child in model.named_modules() if type(child) is EmbeddingBagCollection}
+        architecture, excluded = _architecture(sharded)
+        dense = [parameter for parameter in dense_parameters(sharded) if id(parameter) not in excluded]
+        return sharded, TrainingOptimizer(
+            {}, {"dense": dense_optimizer(dense)} if dense else {}, table_optimizer, architecture
+        )
+    own = own_optimizers(model)
     fused: dict[str, FusedTables] = {}
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    table_parameters: list[nn.Parameter] = []
-    if embedding_optimizer.is_fused(device):
-        for path, collection in collections.items():
-            fused[path] = FusedTables(collection, embedding_optimizer, device)
+    sparse: dict[EmbeddingOptimizer, list[nn.Parameter]] = {}
+    collections = {path: child for path, child in model.named_modules() if type(child) is EmbeddingBagCollection}
+    for path, collection in collections.items():
+        trained_by = own.get(id(collection), embedding_optimizer)
+        if trained_by.is_fused(device):
+            fused[path] = FusedTables(collection, trained_by, device)
             model = _replace(model, path, fused[path])
-    else:
-        for collection in collections.values():
-            for bag in collection.embedding_bags.values():
-                bag.sparse = True
-                table_parameters.append(bag.weight)
+            continue
+        for bag in collection.embedding_bags.values():
+            bag.sparse = True
+            sparse.setdefault(trained_by, []).append(bag.weight)
     model.to(device)
-    if table_parameters:
+    if sparse:
         optimizers["sparse"] = torch.optim.SparseAdam(
-            table_parameters, lr=embedding_optimizer.learning_rate, eps=embedding_optimizer.eps
+            [{"params": weights, "lr": by.learning_rate, "eps": by.eps} for by, weights in sparse.items()]
         )
-    tables = {id(parameter) for parameter in table_parameters}
-    dense = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in tables]
+    architecture, excluded = _architecture(model)
+    excluded |= {id(weight) for weights in sparse.values() for weight in weights}
+    dense = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in excluded]
     if dense:
         optimizers["dense"] = dense_optimizer(dense)
-    return model, TrainingOptimizer(fused, optimizers)
+    return model, TrainingOptimizer(fused, optimizers, architecture=architecture)
+
+
+def _architecture(model: nn.Module) -> tuple[list[torch.optim.Optimizer], set[int]]:
+    """The optimizers of what a search learns, and the identities of the parameters that are thus theirs."""
+    groups = compressed_groups(model)
+    optimizers = [optimizer for group in groups if (optimizer := group.architecture_optimizer()) is not None]
+    return optimizers, {id(parameter) for group in groups for parameter in group.architecture_parameters()}
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module) -> nn.Module:

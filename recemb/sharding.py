@@ -38,7 +38,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.optim.optimizers import SGD, Adagrad, Adam, in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from recemb.collection import compressed_groups
+from recemb.collection import compressed_groups, own_optimizers
 from recemb.optimizers import EmbeddingOptimizer
 
 # Column-wise is left out: its row-wise Adagrad state cannot be loaded by another number of ranks.
@@ -180,12 +180,14 @@ def shard(
 
 def train_in_backward(model: nn.Module, optimizer: EmbeddingOptimizer) -> None:
     """Tell TorchRec how the collections of ``model`` are trained; planning counts the optimizer's state by it."""
-    arguments: dict[str, Any] = {"lr": optimizer.learning_rate}
-    if optimizer.name != "sgd":
-        arguments["eps"] = optimizer.eps
+    own = own_optimizers(model)
     for module in model.modules():
         if isinstance(module, EmbeddingBagCollection):
-            apply_optimizer_in_backward(_OPTIMIZERS[optimizer.name], module.parameters(), arguments)
+            by = own.get(id(module), optimizer)
+            arguments: dict[str, Any] = {"lr": by.learning_rate}
+            if by.name != "sgd":
+                arguments["eps"] = by.eps
+            apply_optimizer_in_backward(_OPTIMIZERS[by.name], module.parameters(), arguments)
 
 
 @torch.no_grad()

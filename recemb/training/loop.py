@@ -174,7 +174,11 @@ class TrainingLoop:
         # window is looked at when it is logged.
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
             raise ValueError(self._diagnose(self.step, loss.item(), batch))
-        loss.backward()
+        objective = loss
+        for group in self._groups:
+            if (penalty := group.penalty()) is not None:
+                objective = objective + penalty
+        objective.backward()
         self.optimizer.step()
         self._window.append(loss.detach())
         self._window_samples += len(batch.labels)
