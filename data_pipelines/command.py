@@ -6,36 +6,42 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
 
-from data_pipelines.splitting import SplitKind, SplitRule
+from data_pipelines.splitting import GENERAL_KINDS, SplitKind, SplitRule
 
 # A value seen once in train teaches its vector nothing that generalises; the public benchmarks take 2 to 10.
 DEFAULT_MIN_COUNT = 2
 
 
-def base_parser(program: str, description: str, raw_help: str) -> argparse.ArgumentParser:
-    """A parser with RAW, --out, --overwrite and --workers."""
+def base_parser(program: str, description: str, raw_help: str, num_raw: int | None = None) -> argparse.ArgumentParser:
+    """A parser with RAW (``num_raw`` of them; None: one or more), --out, --overwrite and --workers."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("raw", nargs="+", type=Path, metavar="RAW", help=raw_help)
+    parser.add_argument("raw", nargs=num_raw or "+", type=Path, metavar="RAW", help=raw_help)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="directory to make; must not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that lies at DIR")
     parser.add_argument("--workers", type=int, metavar="N", help="threads (default: all cores)")
     return parser
 
 
-def add_split_options(parser: argparse.ArgumentParser, default: SplitKind) -> None:
-    """Add --split, --fractions and --seed."""
+def add_split_options(
+    parser: argparse.ArgumentParser, default: SplitKind | None, choices: Sequence[SplitKind] = GENERAL_KINDS
+) -> None:
+    """Add --split, --fractions and --seed; ``default`` None: it depends on other options (see ``split_rule``)."""
+    meanings = {
+        "random": "every row by chance",
+        "time": "oldest rows train, newest test (by time column, else in the order given)",
+        "last-day": "all days but the last train, its first half validates, its second tests",
+        "users": "every user with all rows by chance",
+    }
     group = parser.add_argument_group("split into train, validation and test")
     group.add_argument(
         "--split",
-        choices=get_args(SplitKind),
+        choices=choices,
         default=default,
-        help="random: every row by chance; time: oldest rows train, newest test (by time column, else in the order "
-        "given); last-day: all days but the last train, its first half validates, its second tests "
-        "(default: %(default)s)",
+        help="; ".join(f"{kind}: {meanings[kind]}" for kind in choices)
+        + (" (default: %(default)s)" if default else " (default: as the protocol)"),
     )
     group.add_argument(
         "--fractions",
@@ -43,7 +49,7 @@ def add_split_options(parser: argparse.ArgumentParser, default: SplitKind) -> No
         metavar="A:B:C",
         help="shares of train, validation and test, as weights (default: 8:1:1; for the last seventh in halves 12:1:1)",
     )
-    group.add_argument("--seed", type=int, help="of the random split (default: 0)")
+    group.add_argument("--seed", type=int, help="of splits by chance (default: 0)")
 
 
 def add_min_count_option(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +62,9 @@ def add_min_count_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def split_rule(arguments: argparse.Namespace) -> SplitRule:
-    """The split that the options ask for."""
-    return SplitRule.of(arguments.split, arguments.fractions, arguments.seed)
+def split_rule(arguments: argparse.Namespace, default: SplitKind = "random") -> SplitRule:
+    """The split that the options ask for; ``default`` where --split has none."""
+    return SplitRule.of(arguments.split or default, arguments.fractions, arguments.seed)
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:

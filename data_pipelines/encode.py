@@ -23,8 +23,10 @@ import pyarrow.compute as pc
 from data_pipelines import transforms
 from data_pipelines.hashing import hash_values
 from data_pipelines.schema import CategoricalColumn, LogSchema, NumericColumn
+from data_pipelines.sequences import check_sequences
 from data_pipelines.sources import LazyBatch, RowError, Source, contiguous
-from data_pipelines.splitting import RowKeys
+from data_pipelines.splitting import RowKeys, SplitKind
+from data_pipelines.transforms import moments_of
 from data_pipelines.vocabulary import ValueIndex
 from recemb.data.manifest import TRUE_PROBABILITY
 
@@ -34,7 +36,6 @@ DAY = "__day"
 
 # Days order rows before their number does; a log of 2**40 rows fits.
 _ROW_BITS = 40
-_UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Chunk:
             return RowKeys(self.first_row, self.num_rows, days=self.file_number)
         batch = self.read()
         if MOMENT in batch.schema.names:
-            days = batch.column(DAY).to_numpy()
+            # Users and given splits have no days, and do not ask.
+            days = batch.column(DAY).to_numpy() if DAY in batch.schema.names else None
             return RowKeys(self.first_row, self.num_rows, batch.column(MOMENT).to_numpy(), days)
         days = batch.column(DAY).to_numpy()
         rows = np.arange(self.first_row, self.first_row + self.num_rows)
@@ -79,12 +81,12 @@ class ChunkEncoder:
 
     Args:
         schema: the log.
-        needs_keys: whether the split asks for moments and days.
+        split: the kind of split, where it asks for something of every row (see ``needs_keys``); else None.
     """
 
-    def __init__(self, schema: LogSchema, *, needs_keys: bool) -> None:
+    def __init__(self, schema: LogSchema, *, split: SplitKind | None) -> None:
         self.schema = schema
-        self.needs_keys = needs_keys
+        self.split = split
         tables = {feature.table for feature in schema.features if feature.encoding == "vocabulary"}
         self.indices = {table: ValueIndex() for table in sorted(tables)}
 
@@ -103,9 +105,10 @@ class ChunkEncoder:
             missing[column.name] = raw.column(column.name).null_count
         for feature in self.schema.categorical:
             columns[feature.name] = self._categorical(raw, feature)
+        check_sequences(raw, self.schema)
         for name in self.schema.carried:
             columns[name] = self._carried(raw, name)
-        if self.needs_keys:
+        if self.split is not None:
             columns |= self._keys(raw)
         batch = pa.RecordBatch.from_pydict(columns)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
@@ -191,21 +194,27 @@ class ChunkEncoder:
         return column
 
     def _keys(self, raw: pa.RecordBatch) -> dict[str, pa.Array]:
-        """int64 moments, and days where the log has them."""
+        """int64 that the split asks for: moments, and days where the log has them; hashes of users; split numbers."""
         schema, keys = self.schema, dict[str, npt.NDArray[np.int64]]()
+        if self.split == "users":
+            assert schema.user is not None
+            encoded = raw.column(schema.user)
+            encoded = encoded if pa.types.is_dictionary(encoded.type) else encoded.dictionary_encode()
+            hashes = hash_values(encoded.dictionary)
+            return {MOMENT: pa.array(hashes[encoded.indices.to_numpy(zero_copy_only=False)])}
+        if self.split == "given":
+            return {MOMENT: raw.column(schema.split).cast(pa.int64())}
         if schema.time is not None:
-            moments, per_day = _moments(raw.column(schema.time), schema.time_unit)
+            moments, per_day = moments_of(raw.column(schema.time), schema.time_unit)
             keys = {MOMENT: moments, DAY: moments // per_day}
         if schema.day is not None:
             keys[DAY] = np.asarray(raw.column(schema.day).cast(pa.int64()).to_numpy(zero_copy_only=False))
         return {name: pa.array(values) for name, values in keys.items()}
 
 
-def _moments(column: pa.Array, unit: str) -> tuple[npt.NDArray[np.int64], int]:
-    """(N,) int64 and how many of its units make a day."""
-    if not pa.types.is_integer(column.type):
-        column, unit = column.cast(pa.timestamp("us", getattr(column.type, "tz", None))), "us"
-    return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False)), _UNITS_PER_DAY[unit]
+def needs_keys(split: SplitKind, schema: LogSchema) -> bool:
+    """Whether a split asks for more of a row than its number and its file."""
+    return split in ("users", "given") or (split != "random" and (schema.time is not None or schema.day is not None))
 
 
 def _probability(column: pa.Array) -> pa.Array:

@@ -16,16 +16,22 @@ A schema, with everything that may stand in it:
       - {name: hour, encoding: ids, num_embeddings: 24}     # integers that are ids already, checked
     sequences:                    # list columns, oldest entry first; max_length keeps the latest
       - {name: history, table: item, max_length: 50}        # shares the ids, and the settings, of `item`
+      - {name: past_sites, table: site, max_length: 50, times: past_times}     # times: checked to lie before `time`
     user: user_id                 # groups impressions for GAUC; string or integer, carried as given
     time: {column: shown_at, unit: s}   # integer with unit s, ms, us or ns; or `time: shown_at` for a date or timestamp
     day: shown_on                 # integer days for last-day splits, where `time` is not there
     extra: [country]              # carried as given, e.g. for metrics by slice
     defaults: {transform: log1p, min_count: 1, encoding: vocabulary}     # of columns that do not say
-    split: {kind: time, fractions: [8, 1, 1]}      # or random (with seed; 8:1:1 when not told), last-day
+    split: {kind: time, fractions: [8, 1, 1]}      # or random (with seed; 8:1:1 when not told), last-day, users
 
 What the settings mean and how to choose them: ``schema.NumericColumn``, ``schema.CategoricalColumn``,
 ``splitting.SplitRule``. Features of one ``table`` share one vocabulary, whose counts are over all of them. Columns that
 the schema does not name are ignored.
+
+A history holds what was known when its row was shown, never the row's own event. Sequences are parallel (entry i of
+each belongs to event i) unless their ``events`` differ; they must be equally long in every row, and an empty history is an
+empty list, not null. With ``times``, the name of a list column with the entries' times, each row is checked: times
+ascend and lie before the row's time.
 """
 
 from __future__ import annotations
@@ -46,7 +52,7 @@ from recemb.data.manifest import Manifest
 _KEYS = ("label", "numeric", "categorical", "sequences", "user", "time", "day", "extra", "defaults", "split")
 _NUMERIC_KEYS = ("name", "transform")
 _CATEGORICAL_KEYS = ("name", "kind", "table", "encoding", "min_count", "max_length", "num_embeddings")
-_SEQUENCE_KEYS = tuple(key for key in _CATEGORICAL_KEYS if key != "kind")
+_SEQUENCE_KEYS = (*(key for key in _CATEGORICAL_KEYS if key != "kind"), "events", "times")
 _DEFAULT_KEYS = ("transform", "min_count", "encoding")
 
 

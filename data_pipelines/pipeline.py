@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.encode import Chunk, ChunkEncoder, encode_log
+from data_pipelines.encode import Chunk, ChunkEncoder, encode_log, needs_keys
 from data_pipelines.parts import Layout, PartWriter, count_train, lay_out
 from data_pipelines.schema import LogSchema
 from data_pipelines.sources import Source, check_distinct
@@ -84,13 +84,13 @@ def prepare_log(
     _check_inputs(sources, schema, split)
     with workspace(out, overwrite=overwrite) as root, ThreadPoolExecutor(workers) as pool:
         _check_space(sources, root)
-        needs_keys = split.kind != "random" and (schema.time is not None or schema.day is not None)
-        encoder = ChunkEncoder(schema, needs_keys=needs_keys)
+        has_keys = needs_keys(split.kind, schema)
+        encoder = ChunkEncoder(schema, split=split.kind if has_keys else None)
         (root / _CHUNK_FOLDER).mkdir()
         chunks = list(_reported(encode_log(sources, encoder, root / _CHUNK_FOLDER, pool, workers), started))
         if not chunks:
             raise ValueError(f"{sources[0].path}: the log has no rows")
-        layout = _lay_out(chunks, split, needs_keys=needs_keys)
+        layout = _lay_out(chunks, split, needs_keys=has_keys)
         vocabularies = _vocabularies(root, schema, layout, encoder, pool)
         splits, unknown = PartWriter(root, schema, layout, vocabularies).write(pool)
         shutil.rmtree(root / _CHUNK_FOLDER)
@@ -146,6 +146,10 @@ def _check_inputs(sources: Sequence[Source], schema: LogSchema, split: SplitRule
     check_distinct([source.path for source in sources])
     for source in sources:
         source.check()
+    if split.kind == "users" and schema.user is None:
+        raise ValueError(f"{sources[0].path}: split users needs a user column, and the log names none")
+    if split.kind == "given" and schema.split is None:
+        raise ValueError(f"{sources[0].path}: split given needs a column with the split of every row")
     if split.kind == "last-day" and schema.time is None and schema.day is None and len(sources) < 2:
         raise ValueError(
             f"{sources[0].path}: split last-day needs days: several files (one a day, oldest first) or a time or day "
@@ -196,6 +200,7 @@ def _categorical_features(schema: LogSchema, vocabularies: Mapping[str, Vocabula
                 min_count=column.min_count,
                 out_of_vocabulary=None if vocabulary is None else OUT_OF_VOCABULARY,
                 max_length=column.max_length,
+                events=column.events,
             )
         )
     return tuple(features)

@@ -13,7 +13,7 @@ Encoding = Literal["vocabulary", "hash", "ids"]
 Kind = Literal["single", "list", "sequence"]
 TimeUnit = Literal["s", "ms", "us", "ns"]
 # What a raw column must look like; sources check it before the first row is read.
-Requirement = Literal["label", "numeric", "category", "ids", "list", "id list", "time", "day", "any"]
+Requirement = Literal["label", "numeric", "category", "ids", "list", "id list", "times", "time", "day", "any"]
 
 BUCKET_SUFFIX = "_bucket"
 
@@ -62,6 +62,11 @@ class CategoricalColumn:
             is usual: a value seen once teaches its vector nothing that generalises.
         max_length: longest list kept, its latest entries; None keeps all.
         num_embeddings: for ``"ids"``: every id must be in [0, num_embeddings).
+        events: for sequences: the list of events they describe (``"history"`` unless told). Sequences of one list are
+            parallel, entry i of each belongs to event i; the preparation checks that they are equally long in every
+            row.
+        times: for sequences: raw list column with the time of every entry. It is checked and not kept: as long as the
+            sequence, ascending, and before the row's own time (which the schema must name).
     """
 
     name: str
@@ -71,6 +76,8 @@ class CategoricalColumn:
     min_count: int = 1
     max_length: int | None = None
     num_embeddings: int | None = None
+    events: str = ""
+    times: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice(self.name, "kind", self.kind, get_args(Kind))
@@ -94,6 +101,10 @@ class CategoricalColumn:
             raise ValueError(f"column {self.name!r}: num_embeddings must be given for encoding 'ids', and only there")
         if self.num_embeddings is not None and self.num_embeddings < 1:
             raise ValueError(f"column {self.name!r}: num_embeddings must be at least 1, got {self.num_embeddings}")
+        if self.kind != "sequence" and (self.events or self.times is not None):
+            raise ValueError(f"column {self.name!r}: events and times belong to kind 'sequence', got {self.kind!r}")
+        if self.kind == "sequence" and not self.events:
+            object.__setattr__(self, "events", "history")
 
     @property
     def requirement(self) -> Requirement:
@@ -115,6 +126,7 @@ class LogSchema:
         time_unit: of an integer ``time`` column; days for ``last-day`` splits are UTC days.
         day: integer column whose largest value is the last day; carried as given. None: days come from ``time``.
         extra: further columns carried as given (slices, known probabilities).
+        split: integer column with every row's split (0 train, 1 validation, 2 test), for splits of kind ``"given"``.
     """
 
     label: str
@@ -125,6 +137,7 @@ class LogSchema:
     time_unit: TimeUnit = "s"
     day: str | None = None
     extra: tuple[str, ...] = ()
+    split: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice(self.label, "time_unit", self.time_unit, get_args(TimeUnit))
@@ -134,6 +147,7 @@ class LogSchema:
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"columns {repeated} are named more than once; each column has one role")
         self._check_tables()
+        self._check_sequences()
 
     def _check_tables(self) -> None:
         by_table: dict[str, CategoricalColumn] = {}
@@ -147,6 +161,24 @@ class LogSchema:
                         f"for {column.name!r}"
                     )
 
+    def _check_sequences(self) -> None:
+        first: dict[str, CategoricalColumn] = {}
+        for column in self.sequences:
+            other = first.setdefault(column.events, column)
+            if column.max_length != other.max_length:
+                raise ValueError(
+                    f"sequences {other.name!r} and {column.name!r} describe the same events {column.events!r}, so "
+                    f"max_length must be the same, got {other.max_length} and {column.max_length}; name other events "
+                    "where they are not parallel"
+                )
+            if column.times is not None and self.time is None:
+                raise ValueError(f"sequence {column.name!r}: times {column.times!r} need the log's own time column")
+
+    @property
+    def sequences(self) -> tuple[CategoricalColumn, ...]:
+        """The histories."""
+        return tuple(column for column in self.categorical if column.kind == "sequence")
+
     @property
     def bucket_features(self) -> tuple[CategoricalColumn, ...]:
         """The categories made of numeric columns. Exempt from min_count: they are a few hundred."""
@@ -157,8 +189,7 @@ class LogSchema:
     def features(self) -> tuple[CategoricalColumn, ...]:
         """All categorical features that come out, in manifest order: single and lists, buckets, then sequences."""
         plain = tuple(column for column in self.categorical if column.kind != "sequence")
-        sequences = tuple(column for column in self.categorical if column.kind == "sequence")
-        return plain + self.bucket_features + sequences
+        return plain + self.bucket_features + self.sequences
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -182,6 +213,9 @@ class LogSchema:
             needed[self.time] = "time"
         if self.day is not None:
             needed[self.day] = "day"
+        if self.split is not None:
+            needed[self.split] = "day"
+        needed |= {column.times: "times" for column in self.sequences if column.times is not None}
         needed |= {column.name: "numeric" for column in self.numeric}
         needed |= {column.name: column.requirement for column in self.categorical}
         return {self.label: "label", **needed}

@@ -30,6 +30,7 @@ _REQUIRED_TYPES: dict[Requirement, str] = {
     "ids": "integer",
     "list": "list of strings or integers",
     "id list": "list of integers",
+    "times": "list of integers, dates or timestamps",
     "time": "integer, date or timestamp",
     "day": "integer",
     "any": "integer, float, boolean, string, date or timestamp",
@@ -154,9 +155,10 @@ def is_parquet(path: Path) -> bool:
 def is_acceptable(found: pa.DataType, kind: Requirement) -> bool:
     """Whether a column of type ``found`` can serve as ``kind``."""
     types = pa.types
-    if kind in ("list", "id list"):
+    of_entries: dict[Requirement, Requirement] = {"list": "category", "id list": "ids", "times": "time"}
+    if kind in of_entries:
         is_list = types.is_list(found) or types.is_large_list(found)
-        return is_list and is_acceptable(found.value_type, "category" if kind == "list" else "ids")
+        return is_list and is_acceptable(found.value_type, of_entries[kind])
     if types.is_dictionary(found):
         return kind in ("category", "any") and is_acceptable(found.value_type, kind)
     integer = types.is_integer(found)

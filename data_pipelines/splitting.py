@@ -13,7 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 SPLITS = ("train", "validation", "test")
-SplitKind = Literal["random", "time", "last-day"]
+SplitKind = Literal["random", "time", "last-day", "users", "given"]
+# Kinds that any log can be asked for; "users" needs a user column, "given" is a protocol's own.
+GENERAL_KINDS: tuple[SplitKind, ...] = ("random", "time", "last-day")
 
 _HISTOGRAM_BUCKETS = 1 << 16
 Keys = npt.NDArray[np.int64]
@@ -28,9 +30,13 @@ class SplitRule:
             ``"time"``: the oldest rows train, the next validate, the newest test, by the log's time column or, where
             there is none, by the order of rows and files (rows of one moment are never divided);
             ``"last-day"``: all days but the last train; of the last day's rows, the first half validates and the second
-            tests. A day is a file where several are given, or the day of the time column.
-        fractions: shares of train, validation and test, as any positive weights: (8, 1, 1). Unused by last-day.
-        seed: of ``"random"``.
+            tests. A day is a file where several are given, or the day of the time column;
+            ``"users"``: all rows of a user by a hash of the user column and the seed, so shares of users are met up to
+            chance; test users are strangers to training. The only kind beside time that keeps rows with histories
+            apart: by ``"random"``, the histories of train rows hold events that test rows ask for;
+            ``"given"``: by a column of 0, 1 and 2 that the pipeline makes.
+        fractions: shares of train, validation and test, as any positive weights: (8, 1, 1). Unused by last-day, given.
+        seed: of ``"random"`` and ``"users"``.
     """
 
     kind: SplitKind = "random"
@@ -52,12 +58,14 @@ class SplitRule:
         """A rule from what a user gave (None: nothing); a setting that ``kind`` would ignore is an error.
 
         Raises:
-            ValueError: fractions for last-day, a seed for anything but random, or a value that makes no sense.
+            ValueError: fractions for last-day or given, a seed where nothing is drawn, or a value that makes no sense.
         """
+        if kind == "given" and fractions is not None:
+            raise ValueError("split given: takes no fractions, the rows say where they belong")
         if kind == "last-day" and fractions is not None:
             raise ValueError("split last-day: takes no fractions, the last day is halved")
-        if kind != "random" and seed is not None:
-            raise ValueError(f"split {kind}: takes no seed, only random does")
+        if kind not in ("random", "users") and seed is not None:
+            raise ValueError(f"split {kind}: takes no seed, only random and users do")
         return cls(kind, fractions or cls.fractions, seed or 0)
 
     @property
@@ -75,7 +83,7 @@ class RowKeys:
     Args:
         first_row: number of its first row in the whole log.
         num_rows: N.
-        keys: (N,) int64 moments, None where rows are in time order.
+        keys: (N,) int64: moments (None where rows are in time order), hashes of users or given split numbers.
         days: (N,) int64 days, or one for all rows, None where no split asks.
     """
 
@@ -110,16 +118,19 @@ class Assignment:
     def of(self, rows: RowKeys) -> npt.NDArray[np.int8]:
         """(N,) int8 split numbers."""
         if self.rule.kind == "random":
-            return self._random(rows)
+            return self._draw(np.arange(rows.first_row, rows.first_row + rows.num_rows, dtype=np.uint64))
         moments = rows.moments()
+        if self.rule.kind == "users":
+            return self._draw(np.asarray(moments, np.int64).view(np.uint64))
+        if self.rule.kind == "given":
+            return np.asarray(moments, np.int8)
         validation, test = self.boundaries
         if self.last_day is not None:
             held_out = _mask(rows, self.last_day)
             return np.where(held_out, 1 + (moments >= test), 0).astype(np.int8)
         return (moments >= validation).astype(np.int8) + (moments >= test)
 
-    def _random(self, rows: RowKeys) -> npt.NDArray[np.int8]:
-        numbers = np.arange(rows.first_row, rows.first_row + rows.num_rows, dtype=np.uint64)
+    def _draw(self, numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.int8]:
         draws = mix(numbers + mix(np.array([self.rule.seed], np.uint64)))
         fractions = (draws >> np.uint64(11)).astype(np.float64) * 2.0**-53
         validation, test = self.rule.cumulative
@@ -140,7 +151,7 @@ def assign(rule: SplitRule, passes: Pass) -> Assignment:
     Raises:
         ValueError: last-day where the log has one day only.
     """
-    if rule.kind == "random":
+    if rule.kind in ("random", "users", "given"):
         return Assignment(rule)
     if rule.kind == "time":
         first, second = select(passes, rule.cumulative)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 Numbers = npt.NDArray[np.float64]
+_UNITS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
 
 
 def to_float64(column: pa.Array) -> Numbers:
@@ -59,3 +60,10 @@ def keep_latest(lists: pa.Array, max_length: int | None) -> tuple[npt.NDArray[np
         positions = np.arange(offsets[-1]) + np.repeat(ends - kept - offsets[:-1], kept)
         entries = entries.take(pa.array(positions))
     return offsets, entries
+
+
+def moments_of(column: pa.Array, unit: str) -> tuple[npt.NDArray[np.int64], int]:
+    """(N,) integers (in ``unit``), dates or timestamps -> (N,) int64, and how many of its units make a day."""
+    if not pa.types.is_integer(column.type):
+        column, unit = column.cast(pa.timestamp("us", getattr(column.type, "tz", None))), "us"
+    return np.asarray(column.cast(pa.int64()).to_numpy(zero_copy_only=False)), _UNITS_PER_DAY[unit]

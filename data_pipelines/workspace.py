@@ -60,6 +60,25 @@ def workspace(out: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def staged(out: Path, *, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """A workspace for a preparation in two steps: yield a scratch folder and the directory to encode a data set into.
+
+    When the block ends well the data set alone becomes ``out``; scratch is removed in any case.
+
+    Raises:
+        FileExistsError, OSError: as ``workspace``.
+    """
+    with workspace(out, overwrite=overwrite) as partial:
+        scratch, encoded = partial / "scratch", partial / "encoded"
+        scratch.mkdir()
+        yield scratch, encoded
+        shutil.rmtree(scratch)
+        for path in encoded.iterdir():
+            shutil.move(path, partial / path.name)
+        encoded.rmdir()
+
+
 def check_target(out: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError when ``out`` must not be written."""
     if not os.path.lexists(out):

@@ -43,9 +43,7 @@ split: {kind: time, fractions: [6, 2, 2]}
 def rows_of(count: int, seed: int = 0) -> list[truth.Row]:
     random = np.random.default_rng(seed)
 
-    def items(longest: int) -> list[int | None] | None:
-        if random.random() < 0.1:
-            return None
+    def items(longest: int) -> list[int | None]:
         return [None if random.random() < 0.05 else int(random.integers(20)) for _ in range(random.integers(longest))]
 
     return [
@@ -75,8 +73,8 @@ def prepare(tmp_path: Path, rows: list[truth.Row], schema: str = SCHEMA, **setti
     return parquet.prepare(raw, tmp_path / "out", schema=tmp_path / "schema.yaml", **settings)
 
 
-def latest(values: list[Any] | None, max_length: int) -> list[Any]:
-    return (values or [])[-max_length:]
+def latest(values: list[Any], max_length: int) -> list[Any]:
+    return values[-max_length:]
 
 
 def test_every_kind_of_column_is_what_a_plain_loop_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +172,7 @@ def test_the_example_in_the_documentation_is_a_schema(tmp_path: Path) -> None:
     (tmp_path / "schema.yaml").write_text(example)
     schema, split = parquet.read_schema(tmp_path / "schema.yaml")
     assert [column.name for column in schema.features] == [
-        *("site", "item", "tags", "campaign", "hour", "age", "history")
+        *("site", "item", "tags", "campaign", "hour", "age", "history", "past_sites")
     ]
     assert split == SplitRule("time", (8.0, 1.0, 1.0))
 
