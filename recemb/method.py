@@ -59,6 +59,8 @@ class CompressedTables(nn.Module):
             the others; a method sets them in its ``__init__``.
         searches: trains what a search needs, more than it will serve: its plan decides on bytes, and what is built
             ``from_plan`` has them. A byte budget is then one for ``derive_plan``.
+        reader: takes the place of ``read_rows`` where it is set, called as reader(tables, index, features); see
+            ``recemb.row_decay``.
         budget_knob: constructor argument that a byte budget turns (an integer), None where size is fixed.
         supports_unbounded: takes tables of ``UNBOUNDED`` ids.
         stacks_tables: reads all tables of a group at once; where not, unpooled collections make a group per table.
@@ -84,6 +86,7 @@ class CompressedTables(nn.Module):
         sizes = [table.num_embeddings for table in tables]
         self._distinct_ids = DistinctIds(sizes, owners) if self.merges_ids else None
         self.frozen = False
+        self.reader: Callable[[CompressedTables, int, KeyedJaggedTensor], Tensor] | None = None
         self.lookup_optimizers: list[EmbeddingOptimizer | None] = [None] * len(self.physical_tables)
         device = torch.get_default_device()
         self.lookups = nn.ModuleList(EmbeddingBagCollection(tables=list(group), device=device) for group in lookups)
@@ -215,9 +218,10 @@ class CompressedTables(nn.Module):
         gloo cannot gather the gradients of row-wise shards otherwise.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self._read_now(index, features)
+            return self.reader(self, index, features) if self.reader is not None else self.read_rows(index, features)
 
-    def _read_now(self, index: int, features: KeyedJaggedTensor) -> Tensor:
+    def read_rows(self, index: int, features: KeyedJaggedTensor) -> Tensor:
+        """``read``, without ``frozen`` and ``reader``."""
         if not self.equal_batches:
             return self._in_order(index, self.collection(index)(features))
         num_bags = features.stride()

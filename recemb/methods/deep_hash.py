@@ -95,7 +95,7 @@ class DeepHash(CompressedTables):
         sizes = [table.num_embeddings for table in self.full]
         full = stacked_table("deep_hash__full", sizes, dim, [start_variance(table) for table in self.full])
         super().__init__(tables, [[full]] if self.full else [])
-        self._encoding, self._shared, self._merge_ids = encoding, shared, merge_ids
+        self._encoding, self._shared, self.merge_ids = encoding, shared, merge_ids
         owners = [table.name for table in tables for _ in table.feature_names]
         self._features_of = [[f for f, owner in enumerate(owners) if owner == table.name] for table in self.decoded]
         full_names = {table.name for table in self.full}
@@ -142,7 +142,7 @@ class DeepHash(CompressedTables):
     def _decoded_columns(self, ids: Sequence[Tensor]) -> dict[int, Tensor]:
         """Feature -> (its ids, D), for all features of decoded tables."""
         distinct = [
-            Distinct.of(torch.cat([ids[feature] for feature in features]), table.num_embeddings, merge=self._merge_ids)
+            Distinct.of(torch.cat([ids[feature] for feature in features]), table.num_embeddings, merge=self.merge_ids)
             for table, features in zip(self.decoded, self._features_of, strict=True)
         ]
         inputs = [self._encode(mix(keys.keys, salts)) for keys, salts in zip(distinct, self.salts, strict=True)]

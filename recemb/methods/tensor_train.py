@@ -76,7 +76,7 @@ class TensorTrain(CompressedTables):
         self.full = [table for table, yes in zip(tables, pays, strict=True) if not yes]
         factors = [row_factors[table.name] for table in self.decomposed]
         super().__init__(tables, self._lookups(factors, dim))
-        self._merge_ids = merge_ids
+        self.merge_ids = merge_ids
         # Ids are counted through all tables, decomposed ones first, so that sorted ids are the two kinds one by one.
         ordered = [*self.decomposed, *self.full]
         starts = first_rows([table.num_embeddings for table in ordered])
@@ -126,7 +126,7 @@ class TensorTrain(CompressedTables):
 
     def _distinct(self, bags: Bags) -> Distinct:
         ids = bags.ids + bags.per_id(self.starts)
-        return Distinct.of(ids.view(-1), self._num_ids, merge=self._merge_ids)
+        return Distinct.of(ids.view(-1), self._num_ids, merge=self.merge_ids)
 
     def _remap(self, ids: Tensor) -> tuple[list[list[Tensor]], Distinct | None]:
         """Ascending ids counted through all tables -> slots of each lookup, and the pairs (i1, i2) of the ids."""
@@ -141,7 +141,7 @@ class TensorTrain(CompressedTables):
             pair = torch.div(inside, n3, rounding_mode="floor")
             index_3 = inside - pair * n3
             # n3 ids that follow each other share a pair, and so the large row of the middle core.
-            pairs = Distinct.of(pair + first_pair, self._num_pairs, merge=self._merge_ids)
+            pairs = Distinct.of(pair + first_pair, self._num_pairs, merge=self.merge_ids)
             table = torch.searchsorted(self.splits[:, 2].contiguous(), pairs.keys, right=True) - 1
             _, _, first_pair, n2, start_1, start_2, _ = self.splits.index_select(0, table).unbind(1)
             inside = pairs.keys - first_pair
