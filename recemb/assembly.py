@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_configs import EmbeddingConfig as UnpooledTableConfig
@@ -21,6 +22,7 @@ from recemb.memory import MemoryReport, estimate_memory, full_table_bytes, measu
 from recemb.method import UNBOUNDED, Method, method_class
 from recemb.models.histories import History
 from recemb.optimizers import EmbeddingOptimizer
+from recemb.row_decay import decay_rows
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,19 @@ def _unpooled(table: EmbeddingBagConfig) -> UnpooledTableConfig:
         embedding_dim=table.embedding_dim,
         feature_names=table.feature_names,
     )
+
+
+def decay_by_train_counts(model: nn.Module, manifest: Manifest, strength: float) -> None:
+    """``recemb.row_decay.decay_rows`` with the train counts of a data set.
+
+    Raises:
+        ValueError: a table without vocabulary, so nobody counted.
+    """
+    counts = {
+        f"t_{feature.table}": torch.from_numpy(manifest.train_counts(feature.name).to_numpy().copy())
+        for feature in manifest.categorical
+    }
+    decay_rows(model, counts, strength)
 
 
 def _check_fits(report: MemoryReport) -> None:

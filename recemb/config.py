@@ -58,14 +58,20 @@ class EmbeddingConfig:
         budget: see ``recemb.budget.parse_budget``; None: the method's size is as configured.
         method: target of the method, partial.
         full_below_rows: tables of fewer rows stay full; their bytes count towards the budget.
+        mini_batch_aware_decay: strength of ``recemb.row_decay``, 0 for none; needs a data set with train counts.
     """
 
     embedding_dim: int
     budget: str | float | int | None
     method: Mapping[str, Any]
     full_below_rows: int = 0
+    mini_batch_aware_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.mini_batch_aware_decay >= 0:
+            raise ValueError(
+                f"embedding.mini_batch_aware_decay must be at least 0, got {self.mini_batch_aware_decay}"
+            )
         if self.embedding_dim < 4 or self.embedding_dim % 4:
             raise ValueError(
                 f"embedding.embedding_dim must be a multiple of 4 (fused kernels read 16 bytes at a time), "
@@ -101,7 +107,7 @@ class ScheduleConfig:
 class StoppingConfig:
     """See ``recemb.training.stopping.EarlyStopping``."""
 
-    metric: Literal["auc", "logloss"]
+    metric: Literal["auc", "gauc", "logloss"]
     patience: int | None
     min_delta: float
 

@@ -24,6 +24,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
     optimum = results["data"].get("optimum", {})
     rows = [
         ("test AUC", f"{test['auc']:.5f}", f"best possible {optimum['auc']:.5f}" if optimum else ""),
+        *([("test GAUC", f"{test['users']['gauc']:.5f}", _left_out(test["users"]))] if "users" in test else []),
         ("test log loss", f"{test['logloss']:.5f}", f"best possible {optimum['logloss']:.5f}" if optimum else ""),
         ("embedding bytes", f"{embedding['bytes']:,}", embedding["method"]),
         ("bytes of full tables", f"{embedding['full_bytes']:,}", ""),
@@ -36,6 +37,10 @@ def summary_table(results: Mapping[str, Any]) -> str:
     # The last line's path would push the remarks of the others off the screen.
     values = max(len(value) for _, value, remark in rows if remark or value != results["run"])
     return "\n".join(f"{name:<{names}}  {value:>{values}}  {remark}".rstrip() for name, value, remark in rows)
+
+
+def _left_out(users: Mapping[str, Any]) -> str:
+    return f"{users['num_users']:,} users, {users['num_users_left_out']:,} of one class left out"
 
 
 def write_report(folder: Path, results: Mapping[str, Any], evaluation: Evaluation, memory: MemoryReport) -> None:

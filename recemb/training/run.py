@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from recemb.allocator import tune_allocators
-from recemb.assembly import ModelInputs, build_model
+from recemb.assembly import ModelInputs, build_model, decay_by_train_counts
 from recemb.checkpoint import load_model_tensors, load_state
 from recemb.config import TrainConfig, build_target
 from recemb.data.checks import check_split
@@ -23,6 +23,7 @@ from recemb.data.parquet import ParquetLoader
 from recemb.data_source import open_data_set
 from recemb.evaluation import metrics
 from recemb.evaluation.evaluator import Evaluation, evaluate_predictions
+from recemb.evaluation.grouped import grouped_auc
 from recemb.evaluation.predictions import Predictions, collect
 from recemb.files import write_json
 from recemb.preparation import prepare
@@ -112,6 +113,8 @@ class _Run:
         inputs = ModelInputs.of(self.data.manifest)
         embedding_optimizer = build_target(config.optimizer.embedding)
         model, self.memory = build_model(config.embedding, config.model, inputs, embedding_optimizer)
+        if config.embedding.mini_batch_aware_decay:
+            decay_by_train_counts(model, self.data.manifest, config.embedding.mini_batch_aware_decay)
         self.dense_parameters = _dense_parameters(model)
         self.model, optimizer = prepare(
             model,
@@ -207,10 +210,13 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         predictions = self._predict(self.data.validation)
         # The same rows in the same order on every rank, so the same figures: all decide alike about stopping.
-        return {
+        figures = {
             "auc": metrics.auc(predictions.labels, predictions.scores),
             "logloss": metrics.mean(predictions.losses()),
         }
+        if (user := self.data.manifest.user) is not None:
+            figures["gauc"] = grouped_auc(predictions.labels, predictions.scores, predictions.columns[user]).mean()
+        return figures
 
     def _results(self, evaluation: Evaluation) -> dict[str, Any]:
         manifest, loop = self.data.manifest, self.loop
@@ -266,6 +272,8 @@ def _open(config: TrainConfig, started_on: str | None, ranks: Ranks) -> _Data:
     for name in ("validation", "test"):
         if manifest.split(name).rows == 0:
             raise ValueError(f"{manifest.root}: split {name!r} has no rows; early stopping and results need both")
+    if config.trainer.stopping.metric == "gauc" and manifest.user is None:
+        raise ValueError(f"trainer.stopping.metric=gauc: {manifest.root} has no user column; use auc or logloss")
     for name in ("train", "validation", "test"):
         # The loader would find a bad id too, but in the last file, hours later.
         check_split(manifest, name)
@@ -279,7 +287,7 @@ def _open(config: TrainConfig, started_on: str | None, ranks: Ranks) -> _Data:
             shuffle=config.data.shuffle,
             seed=config.seed,
         ),
-        loader("validation", batch_size=EVALUATION_BATCH_SIZE),
+        loader("validation", batch_size=EVALUATION_BATCH_SIZE, extra_columns=extra),
         loader("test", batch_size=EVALUATION_BATCH_SIZE, extra_columns=extra),
     )
 

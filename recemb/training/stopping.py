@@ -11,8 +11,9 @@ class EarlyStopping:
     """Remembers the best validation and says when waiting for a better one has lasted long enough.
 
     Args:
-        metric: ``"auc"`` (higher is better) or ``"logloss"`` (lower is better). CTR models overfit in log loss first:
-            ``"logloss"`` stops earlier and keeps the probabilities calibrated, ``"auc"`` ranks best.
+        metric: ``"auc"`` or ``"gauc"`` (higher is better) or ``"logloss"`` (lower is better). CTR models overfit in log
+            loss first: ``"logloss"`` stops earlier and keeps the probabilities calibrated, ``"auc"`` ranks best,
+            ``"gauc"`` ranks best what one user sees and needs a user column.
         patience: validations without improvement before stopping; None never stops, and still knows the best.
         min_delta: smallest change that counts, in the metric's unit; 0.0 takes any.
 
@@ -21,8 +22,8 @@ class EarlyStopping:
     """
 
     def __init__(self, *, metric: str = "auc", patience: int | None = 2, min_delta: float = 0.0) -> None:
-        if metric not in ("auc", "logloss"):
-            raise ValueError(f"stopping: metric must be 'auc' or 'logloss', got {metric!r}")
+        if metric not in ("auc", "gauc", "logloss"):
+            raise ValueError(f"stopping: metric must be 'auc', 'gauc' or 'logloss', got {metric!r}")
         if patience is not None and patience < 1:
             raise ValueError(f"stopping: patience must be at least 1, or None for never, got {patience}")
         if not min_delta >= 0.0:
@@ -51,7 +52,7 @@ class EarlyStopping:
             raise ValueError(f"stopping: validation {self.metric} after step {step} is {value}")
         gain = 0.0
         if self.best_value is not None:
-            gain = value - self.best_value if self.metric == "auc" else self.best_value - value
+            gain = self.best_value - value if self.metric == "logloss" else value - self.best_value
         if self.best_value is None or gain > self.min_delta:
             self.best_value, self.best_step = value, step
             self.validations_without_improvement = 0
