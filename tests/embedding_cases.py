@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from recemb.budget import fit_to_budget, parse_budget
+from recemb.collection import compressed_groups
+from recemb.memory import full_table_bytes
+from recemb.method import Method, method_class
+from recemb.methods.optembed import OptEmbed
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "embedding"
 BIG = 2**24 + 3
@@ -86,3 +93,24 @@ def embedding_configs() -> list[str]:
 
 def load_embedding_config(name: str) -> dict[str, object]:
     return OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))  # type: ignore[return-value]
+
+
+def quarter_sized(name: str) -> Method:
+    """The method of a config, at a quarter of the small tables' bytes where it has a size to choose."""
+    config = load_embedding_config(name)
+    method = instantiate(config["method"])
+    if method_class(method).searches:
+        # Larger than full tables until its plan is carried out.
+        return method
+    budget = 1.0 if config["budget"] is None else "4x"
+    tables = small_tables()
+    return fit_to_budget(tables, method, parse_budget(budget, sum(full_table_bytes(tables).values())))
+
+
+def without_draws(module: nn.Module) -> nn.Module:
+    """In training mode, but for methods that draw at random in it: ranks draw otherwise than one process does."""
+    module.train()
+    for group in compressed_groups(module):
+        if isinstance(group, OptEmbed):
+            group.eval()
+    return module
