@@ -215,7 +215,10 @@ class _Run:
             "logloss": metrics.mean(predictions.losses()),
         }
         if (user := self.data.manifest.user) is not None:
-            figures["gauc"] = grouped_auc(predictions.labels, predictions.scores, predictions.columns[user]).mean()
+            users = grouped_auc(predictions.labels, predictions.scores, predictions.columns[user])
+            # Undefined where every user has one class only, which matters to whoever stops by it.
+            if users.num_left_out < users.num_groups or self.stopping.metric == "gauc":
+                figures["gauc"] = users.mean()
         return figures
 
     def _results(self, evaluation: Evaluation) -> dict[str, Any]:
