@@ -29,8 +29,8 @@ What the settings mean and how to choose them: ``schema.NumericColumn``, ``schem
 the schema does not name are ignored.
 
 A history holds what was known when its row was shown, never the row's own event. Sequences are parallel (entry i of
-each belongs to event i) unless their ``events`` differ; they must be equally long in every row, and an empty history is an
-empty list, not null. With ``times``, the name of a list column with the entries' times, each row is checked: times
+each belongs to event i) unless their ``events`` differ; they must be equally long in every row, and an empty history is
+an empty list, not null. With ``times``, the name of a list column with the entries' times, each row is checked: times
 ascend and lie before the row's time.
 """
 

@@ -46,17 +46,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipelines import criteo
 from data_pipelines.command import run_command
+from data_pipelines.made_once import make_once
 from data_pipelines.splitting import SplitRule
 from data_pipelines.synthetic_log import default_total_ids, generate
-from data_pipelines.workspace import check_target, workspace
-from recemb.data.manifest import FILE_NAME, Manifest
+from recemb.data.manifest import Manifest
 
 __all__ = ["generate", "main", "prepare_synthetic"]
 
@@ -92,8 +91,7 @@ def prepare_synthetic(
         ValueError: ``out`` holds another data set, or one made with other options (each is named).
         FileExistsError: ``out`` is no data set.
     """
-    out = Path(out)
-    options = {
+    options: dict[str, Any] = {
         "version": MODEL_VERSION,
         "rows": rows,
         "seed": seed,
@@ -102,64 +100,13 @@ def prepare_synthetic(
         "split": {**dataclasses.asdict(split), "fractions": list(split.fractions)},
         "min_count": min_count,
     }
-    if (out / FILE_NAME).is_file():
-        return _reuse(out, options)
-    check_target(out, overwrite=False)
-    try:
-        _make(out, options, split)
-    except FileExistsError:
-        # Another process finished the same data set meanwhile.
-        if (out / FILE_NAME).is_file():
-            return _reuse(out, options)
-        raise
-    return Manifest.load(out)
 
+    def make(scratch: Path, encoded: Path) -> Manifest:
+        raw = generate(scratch / "raw.parquet", rows=rows, seed=seed, total_ids=options["total_ids"], days=days)
+        logger.info("made a synthetic log of %d rows; encoding it", rows)
+        return criteo.prepare([raw], encoded, split=split, min_count=min_count, source_name=SOURCE)
 
-def _reuse(out: Path, options: Mapping[str, Any]) -> Manifest:
-    manifest = Manifest.load(out)
-    if manifest.source != SOURCE:
-        raise ValueError(
-            f"{out}: holds a data set of source {manifest.source!r}, and a synthetic one is to be made there; "
-            "choose another directory"
-        )
-    found = manifest.preparation.get(SOURCE, {})
-    differing = [
-        f"{name} is {found.get(name)!r}, asked for {wanted!r}"
-        for name, wanted in options.items()
-        if found.get(name) != wanted
-    ]
-    if differing:
-        raise ValueError(
-            f"{out}: holds a synthetic log made with other options: {'; '.join(differing)}. "
-            "Choose another directory, or delete this one"
-        )
-    manifest.verify()
-    logger.info("reusing the synthetic log in %s", out)
-    return manifest
-
-
-def _make(out: Path, options: Mapping[str, Any], split: SplitRule) -> None:
-    """Generate and encode inside one workspace: a killed run leaves nothing that could be reused."""
-    with workspace(out, overwrite=False) as partial:
-        raw = generate(
-            partial / "raw.parquet",
-            rows=options["rows"],
-            seed=options["seed"],
-            total_ids=options["total_ids"],
-            days=options["days"],
-        )
-        logger.info("made a synthetic log of %d rows; encoding it", options["rows"])
-        encoded = partial / "encoded"
-        manifest = criteo.prepare([raw], encoded, split=split, min_count=options["min_count"], source_name=SOURCE)
-        preparation = {**manifest.preparation, SOURCE: dict(options)}
-        # A path inside the workspace means nothing to anybody later.
-        preparation["raw_files"] = []
-        dataclasses.replace(manifest, root=encoded, preparation=preparation).save()
-        raw.unlink()
-        for path in encoded.iterdir():
-            shutil.move(path, partial / path.name)
-        encoded.rmdir()
-    logger.info("synthetic log ready in %s", out)
+    return make_once(out, SOURCE, options, make)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,11 +23,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """The synthetic log that stands in for a missing one: folder, rows of all splits together, seed of its draws."""
+    """The synthetic log that stands in for a missing one.
+
+    Args:
+        path: its folder, made on first use.
+        rows: of all splits together.
+        seed: of its draws.
+        log: ``"criteo"``: of Criteo's shape (``data_pipelines.synthetic``); ``"behaviour"``: users with histories
+            (``data_pipelines.behaviour``).
+    """
 
     path: str
     rows: int
     seed: int
+    log: Literal["criteo", "behaviour"] = "criteo"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from recemb.data.manifest import FILE_NAME, Manifest
 
 logger = logging.getLogger(__name__)
 
+_OTHERS = "avazu, movielens, amazon, taobao, trivago, parquet"
+
 
 def open_data_set(config: DataConfig) -> Manifest:
     """The manifest of the data set to train on, verified; a synthetic log is made or reused where the config allows it.
@@ -24,13 +26,13 @@ def open_data_set(config: DataConfig) -> Manifest:
         if not (path / FILE_NAME).is_file() and (path.is_file() or any(path.iterdir())):
             raise FileNotFoundError(
                 f"data.path={path} is no prepared data set (no {FILE_NAME}): a raw log is prepared with "
-                f"python -m data_pipelines.criteo (or avazu, parquet) {path} --out DIR, then data.path=DIR"
+                f"python -m data_pipelines.criteo (or {_OTHERS}) {path} --out DIR, then data.path=DIR"
             )
         manifest = Manifest.load(path)
     elif not config.allow_synthetic:
         raise FileNotFoundError(
             f"data.path={config.path}: no such folder, and data.allow_synthetic is false. Prepare a log with "
-            "python -m data_pipelines.criteo (or avazu, parquet) RAW... --out DIR, then data.path=DIR"
+            f"python -m data_pipelines.criteo (or {_OTHERS}) RAW... --out DIR, then data.path=DIR"
         )
     else:
         manifest = _synthetic(config)
@@ -40,6 +42,7 @@ def open_data_set(config: DataConfig) -> Manifest:
 
 def _synthetic(config: DataConfig) -> Manifest:
     # Here, because preparing data needs engines that training on prepared data does not.
+    from data_pipelines.behaviour import prepare_behaviour
     from data_pipelines.synthetic import prepare_synthetic
 
     settings = config.synthetic
@@ -50,4 +53,6 @@ def _synthetic(config: DataConfig) -> Manifest:
             f"{settings.rows:,}",
             settings.path,
         )
+    if settings.log == "behaviour":
+        return prepare_behaviour(Path(settings.path), rows=settings.rows, seed=settings.seed)
     return prepare_synthetic(Path(settings.path), rows=settings.rows, seed=settings.seed)

@@ -78,3 +78,16 @@ def test_files_are_verified_before_anything_is_trained(tmp_path):
     file.write_bytes(content[:-50])
     with pytest.raises(ValueError, match="truncated or replaced"):
         open_data_set(config(tmp_path, "log"))
+
+
+def test_the_stand_in_of_logs_with_histories_is_the_behaviour_log(tmp_path, caplog):
+    settings = SyntheticConfig(str(tmp_path / "made"), 1000, 0, log="behaviour")
+    with caplog.at_level(logging.WARNING, logger="recemb"):
+        manifest = open_data_set(
+            DataConfig(str(tmp_path / "log"), True, settings, shuffle=True, verify_checksums=False)
+        )
+    assert manifest.source == "synthetic behaviour"
+    assert [feature.name for feature in manifest.categorical if feature.kind == "sequence"] == [
+        *("item_history", "category_history")
+    ]
+    assert "TRAINING ON A SYNTHETIC LOG of 1,000 rows" in caplog.text

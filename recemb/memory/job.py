@@ -123,7 +123,7 @@ def _inputs(shape: ShapeConfig, data: DataConfig) -> tuple[ModelInputs, str]:
     for path in (data.path, data.synthetic.path if data.allow_synthetic else None):
         if path is not None and (Path(path) / FILE_NAME).is_file():
             return ModelInputs.of(Manifest.load(path)), str(path)
-    if not data.allow_synthetic:
+    if not data.allow_synthetic or data.synthetic.log != "criteo":
         raise FileNotFoundError(
             f"data.path={data.path}: no prepared data set there; prepare one, or give cardinalities=[1460,583,...] or "
             "shape=criteo_1tb"

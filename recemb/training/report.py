@@ -76,7 +76,7 @@ def _title(results: Mapping[str, Any]) -> str:
 
 
 def _warning(results: Mapping[str, Any]) -> str:
-    if results["data"]["source"] != "synthetic":
+    if not results["data"]["source"].startswith("synthetic"):
         return ""
     return (
         "**Trained on a synthetic log.** Its figures compare methods with each other and with the known optimum only."
