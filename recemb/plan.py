@@ -84,6 +84,17 @@ class TablePlan:
             mask &= self.kept_values
         return mask
 
+    def mask_of(self, ids: Tensor) -> Tensor:
+        """(R, D) bool rows of ``mask`` for (R,) int64 ids."""
+        mask = torch.ones(len(ids), self.embedding_dim, dtype=torch.bool, device=ids.device)
+        if self.kept_rows is not None:
+            mask &= self.kept_rows[ids].unsqueeze(1)
+        if self.kept_columns is not None:
+            mask &= self.kept_columns if self.row_groups is None else self.kept_columns[self.row_groups[ids].long()]
+        if self.kept_values is not None:
+            mask &= self.kept_values[ids]
+        return mask
+
     def num_values(self) -> int:
         """Values kept, the parameters papers count."""
         return int(self.mask().sum())

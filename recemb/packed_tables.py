@@ -1,0 +1,189 @@
+"""Tables of which a search kept a part, as they serve: kept values side by side, nothing of what was dropped.
+
+    id --section, bitmap--> code, row --by code--> dense row of some columns | sparse row | dropped
+
+Shapes: N ids in all bags, D embedding_dim, S sections, W columns of a dense row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from recemb.bags import Bags
+from recemb.method import CompressedTables
+from recemb.pruned_bytes import (
+    POINTER_ROWS,
+    PackedSizes,
+    column_dtype,
+    count_dtype,
+    pointer_dtype,
+)
+from recemb.rank_bitmap import RankBitmap, blocks_for
+from recemb.row_sections import DROPPED
+from recemb.stacked import at_features, features_of_ids, first_rows, per_feature
+
+# Stands where dense rows have the number of their pattern.
+SPARSE = -2
+
+
+class PackedTables(CompressedTables):
+    """Gives an id the values that were kept of its row, zeros for others, zeros or a learned vector if it was dropped.
+
+    Made by ``recemb.packing.pack`` from trained rows. It serves: nothing in it trains.
+
+    Memory: 4 bytes a kept value, and the smallest of these maps a table: 26 bytes a run of ids, 1.125 bits an id, or
+    for values kept one by one a column's number each (1 byte up to D = 256) and 1.25 bytes a row.
+
+    Args:
+        tables: the logical tables, of one embedding_dim.
+        sizes: of all tensors, one entry for each embedding_dim there is.
+
+    Raises:
+        ValueError: no sizes for this embedding_dim and number of tables.
+    """
+
+    def __init__(self, tables: Sequence[EmbeddingBagConfig], *, sizes: Sequence[PackedSizes]) -> None:
+        width = tables[0].embedding_dim
+        found = [item for item in sizes if (item.embedding_dim, item.num_tables) == (width, len(tables))]
+        if len(found) != 1:
+            raise ValueError(
+                f"sizes must have one entry for {len(tables)} tables of embedding_dim {width}, got "
+                f"{[(item.num_tables, item.embedding_dim) for item in sizes]}"
+            )
+        [self.sizes] = found
+        stored = [_storage(f"packed__dense{columns}", rows, columns) for columns, rows in self.sizes.dense]
+        if self.sizes.num_sparse_values:
+            stored.append(_storage("packed__sparse", self.sizes.num_sparse_values, 1))
+        if self.sizes.num_vectors:
+            stored.append(_storage("packed__dropped", self.sizes.num_vectors, width))
+        super().__init__(tables, [stored] if stored else [])
+        self.requires_grad_(False)
+        sections = self.sizes.num_sections
+        self.section_starts: Tensor
+        self.register_buffer("section_starts", torch.zeros(sections, dtype=torch.int64))
+        self.section_rows: Tensor
+        self.register_buffer("section_rows", torch.zeros(sections, dtype=torch.int64))
+        self.section_bits: Tensor
+        self.register_buffer("section_bits", torch.full((sections,), -1, dtype=torch.int64))
+        self.section_patterns: Tensor
+        self.register_buffer("section_patterns", torch.full((sections,), DROPPED, dtype=torch.int16))
+        self.patterns: Tensor
+        self.register_buffer("patterns", torch.zeros(self.sizes.num_patterns, width, dtype=torch.bool))
+        blocks = blocks_for(self.sizes.num_bits)
+        self.bitmap = RankBitmap(blocks) if blocks else None
+        self._register_sparse(width)
+        self.vector_of_table: Tensor | None
+        vector_of_table = torch.zeros(len(tables), dtype=torch.int32) if self.sizes.num_vectors else None
+        self.register_buffer("vector_of_table", vector_of_table)
+        self._first_positions: Tensor
+        starts = per_feature(tables, first_rows([table.num_embeddings for table in tables]))
+        self.register_buffer("_first_positions", starts, persistent=False)
+        self._table_of_feature: Tensor
+        self.register_buffer("_table_of_feature", per_feature(tables, range(len(tables))), persistent=False)
+
+    def _register_sparse(self, width: int) -> None:
+        """Of sparse rows: how many values each has, where those of every 16th begin, and the column of each value."""
+        rows, values = self.sizes.num_sparse_rows, self.sizes.num_sparse_values
+        blocks = -(-rows // POINTER_ROWS)
+        self.sparse_counts: Tensor | None
+        counts = torch.zeros(blocks, POINTER_ROWS, dtype=count_dtype(width))
+        self.register_buffer("sparse_counts", counts if rows else None)
+        self.sparse_starts: Tensor | None
+        starts = torch.zeros(blocks, dtype=pointer_dtype(values))
+        self.register_buffer("sparse_starts", starts if rows else None)
+        self.sparse_columns: Tensor | None
+        columns = torch.zeros(values, dtype=column_dtype(width))
+        self.register_buffer("sparse_columns", columns if values else None)
+
+    def values(self, name: str) -> Tensor:
+        """The values called ``packed__<name>``: ``dense<columns>``, ``sparse`` or ``dropped``."""
+        return self.get_parameter(f"lookups.0.embedding_bags.packed__{name}.weight")
+
+    def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(N,) int64 ids counted through all tables -> (N,) int16 patterns, (N,) int64 rows of their form."""
+        section = torch.searchsorted(self.section_starts, positions, right=True).sub_(1)
+        if self.bitmap is None:
+            rows = positions - (self.section_starts - self.section_rows).index_select(0, section)
+            return self.section_patterns.index_select(0, section), rows
+        for layer in range(self.sizes.num_layers):
+            start = self.section_starts.index_select(0, section)
+            offset = positions - start
+            first_bit = self.section_bits.index_select(0, section)
+            has_bits = first_bit >= 0
+            is_set, rank = self.bitmap(torch.where(has_bits, first_bit + offset, 0))
+            is_kept = is_set.logical_or_(has_bits.logical_not())
+            if layer + 1 < self.sizes.num_layers:
+                # An id without its bit may have one in the section before, over the same ids.
+                before = (section - 1).clamp_(min=0)
+                is_layered = self.section_starts.index_select(0, before) == start
+                section = torch.where(is_kept.logical_not() & is_layered, before, section)
+        rows = self.section_rows.index_select(0, section) + torch.where(has_bits, rank, offset)
+        patterns_N = torch.where(is_kept, self.section_patterns.index_select(0, section), DROPPED)
+        return patterns_N, rows
+
+    @torch.no_grad()
+    def embed(self, bags: Bags) -> Tensor:
+        features = features_of_ids(bags)
+        positions = (bags.ids + at_features(self._first_positions, features)).view(-1)
+        patterns_N, rows = self.locate(positions)
+        width = self.sizes.embedding_dim
+        vectors = torch.zeros(positions.numel(), width, device=positions.device)
+        num_columns = self.patterns.sum(dim=1)
+        # A form for each pattern, then the sparse one and the dropped one for -2 and -1.
+        forms = torch.cat([num_columns, num_columns.new_tensor([-1, 0])])
+        form = forms.index_select(0, patterns_N.to(torch.int64) % len(forms))
+        for columns, _ in self.sizes.dense:
+            chosen = (form == columns).nonzero().view(-1)
+            packed = self.values(f"dense{columns}").index_select(0, rows.index_select(0, chosen))
+            if columns < width:
+                packed = self._spread(packed, patterns_N.index_select(0, chosen))
+            vectors.index_copy_(0, chosen, packed)
+        if self.sparse_columns is not None:
+            chosen = (form == -1).nonzero().view(-1)
+            self._scatter_sparse(vectors, chosen, rows.index_select(0, chosen))
+        if self.vector_of_table is not None:
+            chosen = (form == 0).nonzero().view(-1)
+            table = self._tables_of_ids(bags, features).index_select(0, chosen)
+            vector = self.vector_of_table.index_select(0, table)
+            vectors.index_copy_(0, chosen, self.values("dropped").index_select(0, vector))
+        return vectors
+
+    def _spread(self, packed_NW: Tensor, patterns_N: Tensor) -> Tensor:
+        """(N, W) kept values -> (N, D), zeros in the columns that are not kept."""
+        absent = packed_NW.shape[1]
+        source = torch.where(self.patterns, self.patterns.cumsum(dim=1) - 1, absent)
+        padded = nn.functional.pad(packed_NW, (0, 1))
+        return padded.gather(1, source.index_select(0, patterns_N.to(torch.int64)))
+
+    def _scatter_sparse(self, vectors: Tensor, targets: Tensor, rows: Tensor) -> None:
+        """Write the values of sparse ``rows`` ((M,) int64) into rows ``targets`` of ``vectors``."""
+        assert self.sparse_counts is not None and self.sparse_starts is not None and self.sparse_columns is not None
+        blocks, inside = rows // POINTER_ROWS, rows % POINTER_ROWS
+        counts = self.sparse_counts.index_select(0, blocks).to(torch.int64)
+        before = counts * (torch.arange(POINTER_ROWS, device=rows.device) < inside.unsqueeze(1))
+        first = self.sparse_starts.index_select(0, blocks) + before.sum(dim=1)
+        count = counts.gather(1, inside.unsqueeze(1)).squeeze(1)
+        ends = count.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        shift = torch.repeat_interleave(first - (ends - count), count, output_size=total)
+        values = torch.arange(total, device=rows.device) + shift
+        target = torch.repeat_interleave(targets, count, output_size=total)
+        column = self.sparse_columns.index_select(0, values).to(torch.int64)
+        vectors.view(-1).index_copy_(
+            0, target * vectors.shape[1] + column, self.values("sparse").view(-1).index_select(0, values)
+        )
+
+    def _tables_of_ids(self, bags: Bags, features: Tensor | None) -> Tensor:
+        tables = at_features(self._table_of_feature, features)
+        return tables.expand(bags.ids.shape).reshape(-1)
+
+
+def _storage(name: str, num_rows: int, width: int) -> EmbeddingBagConfig:
+    """Rows that memory reports list as a table; they are read directly, so their width need not be a multiple of 4."""
+    return EmbeddingBagConfig(
+        name=name, num_embeddings=num_rows, embedding_dim=width, feature_names=[name], init_fn=nn.init.zeros_
+    )

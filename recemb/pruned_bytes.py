@@ -1,0 +1,236 @@
+"""Which packed form each table of a plan takes, the one of fewest bytes, and how many bytes that is.
+
+Shapes: n num_embeddings of a table, D its embedding_dim, G groups of its rows, V values kept of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recemb.plan import CompressionPlan, TablePlan
+from recemb.rank_bitmap import BLOCK_BYTES, blocks_for
+from recemb.row_sections import DROPPED, SECTION_BYTES, RowSections, row_sections
+
+DROPPED_VECTORS = ("zero", "vector")
+# Rows whose numbers of values follow one pointer.
+POINTER_ROWS = 16
+_MAX_PATTERNS = 2**15
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """One table, as it will be stored.
+
+    Args:
+        codes: (n,) int16: which columns an id's row has, ``DROPPED`` for ids without a row.
+        sections: from ids to rows.
+        columns: code -> (D,) bool, the columns of its rows; None: rows are sparse, each has columns of its own.
+        num_rows: code -> rows.
+        num_values: values of sparse rows, 0 for others.
+        is_full: nothing would be smaller than all rows.
+        needs_vector: ids without a row get a vector that was learned.
+    """
+
+    codes: Tensor
+    sections: RowSections
+    columns: tuple[tuple[bool, ...], ...] | None
+    num_rows: tuple[int, ...]
+    num_values: int
+    is_full: bool
+    needs_vector: bool
+
+    def dense_rows(self) -> Iterator[tuple[int, tuple[bool, ...], int]]:
+        """Code, columns and number of rows, of every code that has dense rows."""
+        for code, columns in enumerate(self.columns or ()):
+            if self.num_rows[code]:
+                yield code, columns, self.num_rows[code]
+
+    def num_bytes(self, embedding_dim: int) -> float:
+        """About the bytes it takes; tables share blocks of bits and of pointers."""
+        vector = embedding_dim * 4 if self.needs_vector else 0
+        if self.columns is None:
+            [rows] = self.num_rows
+            pointers = rows * (count_dtype(embedding_dim).itemsize + 4 / POINTER_ROWS)
+            values = pointers + self.num_values * (4 + column_dtype(embedding_dim).itemsize)
+        else:
+            values = sum(rows * sum(columns) * 4 for _, columns, rows in self.dense_rows())
+        return values + self.sections.num_bytes() + vector
+
+
+@dataclass(frozen=True)
+class PackedSizes:
+    """The sizes of all tensors of packed tables of one width: enough to build them empty, and to count their bytes.
+
+    Args:
+        embedding_dim: D.
+        dense: (columns, rows) of each table of dense rows, columns ascending.
+        num_patterns: different sets of columns of dense rows.
+        num_sections: of all tables.
+        num_layers: sections that start with the same id, at most.
+        num_bits: of all sections.
+        num_sparse_rows, num_sparse_values: of all tables with sparse rows.
+        num_vectors: tables that keep a learned vector for dropped ids.
+        num_tables: logical tables.
+    """
+
+    embedding_dim: int
+    dense: tuple[tuple[int, int], ...]
+    num_patterns: int
+    num_sections: int
+    num_layers: int
+    num_bits: int
+    num_sparse_rows: int
+    num_sparse_values: int
+    num_vectors: int
+    num_tables: int
+
+    def num_bytes(self) -> int:
+        """Serving bytes, maps and everything included."""
+        width = self.embedding_dim
+        blocks = -(-self.num_sparse_rows // POINTER_ROWS)
+        pointers = blocks * (
+            POINTER_ROWS * count_dtype(width).itemsize + pointer_dtype(self.num_sparse_values).itemsize
+        )
+        return (
+            sum(columns * rows * 4 for columns, rows in self.dense)
+            + self.num_patterns * width
+            + self.num_sections * SECTION_BYTES
+            + blocks_for(self.num_bits) * BLOCK_BYTES
+            + pointers
+            + self.num_sparse_values * (4 + column_dtype(width).itemsize)
+            + self.num_vectors * width * 4
+            + (self.num_tables * 4 if self.num_vectors else 0)
+        )
+
+
+def packed_sizes(tables: Iterable[PackedTable], embedding_dim: int) -> PackedSizes:
+    """The sizes of tables that are stored together."""
+    stored = list(tables)
+    rows_of: dict[int, int] = {}
+    for table in stored:
+        for _, columns, rows in table.dense_rows():
+            rows_of[sum(columns)] = rows_of.get(sum(columns), 0) + rows
+    sparse = [table for table in stored if table.columns is None]
+    return PackedSizes(
+        embedding_dim=embedding_dim,
+        dense=tuple(sorted(rows_of.items())),
+        num_patterns=len(patterns(stored)),
+        num_sections=sum(len(table.sections.starts) for table in stored),
+        num_layers=max(table.sections.num_layers for table in stored),
+        num_bits=sum(int(table.sections.num_bits.sum()) for table in stored),
+        num_sparse_rows=sum(table.num_rows[0] for table in sparse),
+        num_sparse_values=sum(table.num_values for table in sparse),
+        num_vectors=sum(table.needs_vector for table in stored),
+        num_tables=len(stored),
+    )
+
+
+def patterns(tables: Iterable[PackedTable]) -> list[tuple[bool, ...]]:
+    """The different sets of columns that dense rows have, in an order that depends on nothing else.
+
+    Raises:
+        ValueError: 2**15 of them, or more.
+    """
+    found = {columns for table in tables for _, columns, _ in table.dense_rows()}
+    if len(found) >= _MAX_PATTERNS:
+        raise ValueError(
+            f"kept_columns of all tables must be fewer than {_MAX_PATTERNS} different sets, got {len(found)}"
+        )
+    return sorted(found)
+
+
+def packed_table(plan: TablePlan, *, dropped: str = "zero") -> PackedTable:
+    """The smallest form of one table: full, dense rows of the columns its groups keep, or sparse rows.
+
+    Args:
+        plan: what is kept. An id of which no value is kept is dropped.
+        dropped: ``"zero"``, or ``"vector"``: dropped ids share a learned vector.
+    """
+    check_dropped(dropped)
+    n, width = plan.num_embeddings, plan.embedding_dim
+    codes, columns, num_values = _kept(plan)
+    counts = torch.bincount(codes[codes >= 0].to(torch.int64), minlength=len(columns)).tolist()
+    needs_vector = dropped == "vector" and sum(counts) < n
+    candidates = [_full(n, width)]
+    dense = row_sections(codes)
+    candidates.append(PackedTable(codes, dense, columns, tuple(counts), 0, False, needs_vector))
+    if plan.kept_values is not None:
+        single = torch.where(codes >= 0, 0, DROPPED).to(torch.int16)
+        sections = row_sections(single)
+        candidates.append(PackedTable(single, sections, None, (sum(counts),), num_values, False, needs_vector))
+        if dropped == "zero":
+            # No map, a count of no values for dropped ids.
+            every = torch.zeros(n, dtype=torch.int16)
+            candidates.append(PackedTable(every, row_sections(every), None, (n,), num_values, False, False))
+    return min(candidates, key=lambda candidate: candidate.num_bytes(width))
+
+
+def plan_sizes(plan: CompressionPlan, *, dropped: str = "zero") -> tuple[PackedSizes, ...]:
+    """The sizes of the packed tables of a plan, for each embedding_dim, ascending."""
+    by_width: dict[int, list[PackedTable]] = {}
+    for table in plan.tables.values():
+        by_width.setdefault(table.embedding_dim, []).append(packed_table(table, dropped=dropped))
+    return tuple(packed_sizes(tables, width) for width, tables in sorted(by_width.items()))
+
+
+def plan_bytes(plan: CompressionPlan, *, dropped: str = "zero") -> int:
+    """Serving bytes of the tables of a plan once they are trained and converted, without building anything.
+
+    Equal to ``measure_memory`` of the converted collection of these tables, on any device. A few nanoseconds a row, so
+    that a budget can be bisected over masks.
+
+    Args:
+        plan: what is kept.
+        dropped: what ids without a row get, as for ``recemb.methods.pruned.Pruned``.
+    """
+    return sum(sizes.num_bytes() for sizes in plan_sizes(plan, dropped=dropped))
+
+
+def check_dropped(dropped: str) -> None:
+    if dropped not in DROPPED_VECTORS:
+        raise ValueError(f"dropped must be one of {DROPPED_VECTORS}, got {dropped!r}")
+
+
+def column_dtype(embedding_dim: int) -> torch.dtype:
+    """Smallest dtype of a column's number."""
+    return torch.uint8 if embedding_dim <= 256 else torch.int16
+
+
+def count_dtype(embedding_dim: int) -> torch.dtype:
+    """Smallest dtype of a row's number of values."""
+    return torch.uint8 if embedding_dim <= 255 else torch.int16
+
+
+def pointer_dtype(num_values: int) -> torch.dtype:
+    """Smallest dtype of a position among values."""
+    return torch.int32 if num_values < 2**31 else torch.int64
+
+
+def _full(num_embeddings: int, width: int) -> PackedTable:
+    every = torch.zeros(num_embeddings, dtype=torch.int16)
+    return PackedTable(every, row_sections(every), ((True,) * width,), (num_embeddings,), 0, True, False)
+
+
+def _kept(plan: TablePlan) -> tuple[Tensor, tuple[tuple[bool, ...], ...], int]:
+    """Code of every row, the columns of each code, and how many values are kept where they are given one by one."""
+    n, width = plan.num_embeddings, plan.embedding_dim
+    columns = torch.ones(1, width, dtype=torch.bool) if plan.kept_columns is None else plan.kept_columns
+    # Groups of the same columns are one.
+    distinct, code_of_group = torch.unique(columns, dim=0, return_inverse=True)
+    code_of_group = torch.where(distinct.any(dim=1)[code_of_group], code_of_group, DROPPED).to(torch.int16)
+    if plan.row_groups is None:
+        codes = code_of_group.expand(n).clone()
+    else:
+        codes = code_of_group[plan.row_groups.to(torch.int64)]
+    if plan.kept_rows is not None:
+        codes.masked_fill_(~plan.kept_rows, DROPPED)
+    num_values = 0
+    if plan.kept_values is not None:
+        mask = plan.mask()
+        codes.masked_fill_(~mask.any(dim=1), DROPPED)
+        num_values = int(mask.count_nonzero())
+    return codes, tuple(tuple(row) for row in distinct.tolist()), num_values
