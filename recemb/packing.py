@@ -13,9 +13,9 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.method import Method
-from recemb.pruned_bytes import POINTER_ROWS, PackedTable, packed_sizes, packed_table, patterns, plan_sizes
 from recemb.packed_tables import SPARSE, PackedTables
 from recemb.plan import CompressionPlan, TablePlan
+from recemb.pruned_bytes import POINTER_ROWS, PackedTable, packed_sizes, packed_table, patterns, plan_sizes
 from recemb.row_sections import DROPPED
 from recemb.stacked import first_rows
 

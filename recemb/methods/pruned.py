@@ -15,10 +15,10 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
 from recemb.method import CompressedTables
-from recemb.pruned_bytes import check_dropped
 from recemb.packed_tables import PackedTables
 from recemb.packing import pack
 from recemb.plan import CompressionPlan, TablePlan
+from recemb.pruned_bytes import check_dropped
 from recemb.stacked import at_features, features_of_ids, first_rows, per_feature, stacked_table, start_variance
 from recemb.table_rows import read_rows
 
