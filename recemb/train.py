@@ -30,7 +30,7 @@ def task(config: dict[str, Any]) -> float:
         results = train(content, continues=config["resume"] is not None, ranks=ranks)
     if ranks.is_first:
         print(f"\n{summary_table(results)}")
-    return float(next(value for key, value in results["validation"].items() if key in ("auc", "logloss")))
+    return float(next(value for key, value in results["validation"].items() if key in ("auc", "gauc", "logloss")))
 
 
 def main() -> None:
