@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ class DelimitedFile:
         required: columns to read and what they hold.
         delimiter: one character.
         header: whether the first line holds names.
+        quoted: whether a cell with a separator stands in double quotes. No cell may hold a line break.
     """
 
     path: Path
@@ -41,6 +43,7 @@ class DelimitedFile:
     required: Mapping[str, Requirement]
     delimiter: str = "\t"
     header: bool = False
+    quoted: bool = False
 
     def check(self) -> None:
         check_exists(self.path)
@@ -86,7 +89,7 @@ class DelimitedFile:
                 pa.BufferReader(block),
                 read_options=pyarrow.csv.ReadOptions(column_names=names, block_size=PARSED_BYTES, use_threads=False),
                 parse_options=pyarrow.csv.ParseOptions(
-                    delimiter=self.delimiter, quote_char=False, ignore_empty_lines=False
+                    delimiter=self.delimiter, quote_char='"' if self.quoted else False, ignore_empty_lines=False
                 ),
                 convert_options=pyarrow.csv.ConvertOptions(
                     column_types=types,
@@ -120,6 +123,9 @@ class DelimitedFile:
             ) from error
 
     def _cells(self, line: bytes) -> list[bytes]:
+        if self.quoted:
+            text = line.decode("latin-1").rstrip("\r\n")
+            return [cell.encode("latin-1") for cell in next(csv.reader([text], delimiter=self.delimiter), [""])]
         return line.rstrip(b"\r\n").split(self.delimiter.encode())
 
     def _read_header(self, stream: BufferedIOBase) -> list[str]:

@@ -197,8 +197,7 @@ class ChunkEncoder:
         """int64 that the split asks for: moments, and days where the log has them; hashes of users; split numbers."""
         schema, keys = self.schema, dict[str, npt.NDArray[np.int64]]()
         if self.split == "users":
-            assert schema.user is not None
-            encoded = raw.column(schema.user)
+            encoded = raw.column(schema.split or schema.user)
             encoded = encoded if pa.types.is_dictionary(encoded.type) else encoded.dictionary_encode()
             hashes = hash_values(encoded.dictionary)
             return {MOMENT: pa.array(hashes[encoded.indices.to_numpy(zero_copy_only=False)])}

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipelines.hashing import hash_values
-from data_pipelines.sources import RowError, Source
+from data_pipelines.sources import RowError, Source, is_parquet, open_parquet
 from data_pipelines.splitting import mix
 
 # A bucket of a million events of five columns takes 40 MB, and five times that while its histories are made.
@@ -87,6 +87,13 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
 def buckets_for(num_events: int) -> int:
     """Buckets of about EVENTS_PER_BUCKET events, at most MOST_BUCKETS."""
     return min(max(1, -(-num_events // EVENTS_PER_BUCKET)), MOST_BUCKETS)
+
+
+def estimated_rows(path: Path, bytes_per_row: int) -> int:
+    """Rows of a raw file, exactly where it says so (Parquet), else by its size; text in gzip is four times as long."""
+    if is_parquet(path):
+        return int(open_parquet(path).metadata.num_rows)
+    return path.stat().st_size * (4 if path.suffix == ".gz" else 1) // bytes_per_row
 
 
 def read_checked(source: Source, check: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:

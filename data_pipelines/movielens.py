@@ -39,7 +39,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipelines.command import add_split_options, base_parser, run_command, split_rule
-from data_pipelines.event_store import EventStore, buckets_for, read_checked
+from data_pipelines.event_store import EventStore, buckets_for, estimated_rows, read_checked
 from data_pipelines.histories import (
     DEFAULT_MAX_HISTORY,
     BucketRows,
@@ -198,7 +198,7 @@ class _Log:
     def fill(self, folder: Path) -> EventStore:
         """Read the ratings once, check them, and put them into buckets of users."""
         path = self.files.ratings
-        store = EventStore(folder, "user", buckets_for(path.stat().st_size // _BYTES_PER_RATING))
+        store = EventStore(folder, "user", buckets_for(estimated_rows(path, _BYTES_PER_RATING)))
         for ratings in read_checked(open_ratings(path).source, self._checked):
             store.add(ratings)
         store.close()

@@ -146,7 +146,7 @@ def _check_inputs(sources: Sequence[Source], schema: LogSchema, split: SplitRule
     check_distinct([source.path for source in sources])
     for source in sources:
         source.check()
-    if split.kind == "users" and schema.user is None:
+    if split.kind == "users" and schema.user is None and schema.split is None:
         raise ValueError(f"{sources[0].path}: split users needs a user column, and the log names none")
     if split.kind == "given" and schema.split is None:
         raise ValueError(f"{sources[0].path}: split given needs a column with the split of every row")

@@ -126,7 +126,8 @@ class LogSchema:
         time_unit: of an integer ``time`` column; days for ``last-day`` splits are UTC days.
         day: integer column whose largest value is the last day; carried as given. None: days come from ``time``.
         extra: further columns carried as given (slices, known probabilities).
-        split: integer column with every row's split (0 train, 1 validation, 2 test), for splits of kind ``"given"``.
+        split: column that the split goes by: for kind ``"given"`` every row's split (0 train, 1 validation, 2 test);
+            for ``"users"`` what makes a user, where that is not ``user``.
     """
 
     label: str
@@ -214,7 +215,7 @@ class LogSchema:
         if self.day is not None:
             needed[self.day] = "day"
         if self.split is not None:
-            needed[self.split] = "day"
+            needed.setdefault(self.split, "any")
         needed |= {column.times: "times" for column in self.sequences if column.times is not None}
         needed |= {column.name: "numeric" for column in self.numeric}
         needed |= {column.name: column.requirement for column in self.categorical}
