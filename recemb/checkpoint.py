@@ -211,7 +211,9 @@ def load_optimizer_tensors(path: Path, optimizer: Optimizer) -> None:
     try:
         with _single_process_is_fine():
             saved = _load_state_dict_from_keys({f"optimizer.{name}" for name in plain}, checkpoint_id=str(path))
-            if any(True for _ in _tensors(in_place)):
+            # A rank that holds no table has nothing to read, and yet must take part.
+            has_tensors = next(_tensors(in_place), None) is not None
+            if "True" in gather_texts(str(has_tensors)):
                 load({"optimizer": in_place}, checkpoint_id=str(path), no_dist=not dist.is_initialized())
         parts = {name: saved["optimizer"][name] for name in plain}
     except KeyError as error:

@@ -34,6 +34,10 @@ class Loader(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __len__(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def batches_left(self) -> int: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -114,6 +118,9 @@ class TrainingLoop:
         # Of all threads, the loader's included: a neighbour on the machine does not change it as it does ``seconds``.
         self.cpu_seconds = 0.0
         self._steps_per_epoch = len(loader)
+        # Step at which the first epoch began; where other ranks took part, at which it would have to have begun for
+        # the present epoch to end when it does.
+        self._first_step = 0
         self._groups = compressed_groups(model)
         self._factor: float | None = None
         self._window: list[Tensor] = []
@@ -123,25 +130,31 @@ class TrainingLoop:
     def finished(self) -> bool:
         return self.step >= self.settings.total_steps or self.stopping.should_stop
 
+    @property
+    def epochs(self) -> float:
+        """Epochs done."""
+        return (self.step - self._first_step) / self._steps_per_epoch
+
     def resume(self) -> None:
-        """Go on from the last checkpoint, exactly: model, optimizer state, loader position, generators, stopping."""
+        """Go on from the last checkpoint, exactly: model, optimizer state, loader position, generators, stopping.
+
+        Another number of ranks takes over the same model and optimizer state, and those rows of the epoch that had not
+        been taken. Generators of ranks that were not there before are copies of those that were: methods may rely on
+        ranks drawing equal numbers.
+        """
         last = self.checkpoints.last
         if last is None:
             raise FileNotFoundError(f"{self.checkpoints.folder}: no checkpoint to resume from")
         state = load_state(last)
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if len(state["random"]) != world_size:
-            raise ValueError(
-                f"{last}: a run of {len(state['random'])} ranks goes on with as many, got {world_size}; its place in "
-                "the data is that of each rank. Its model can be evaluated with any number"
-            )
+        rank = dist.get_rank() if dist.is_initialized() else 0
         self.loader.load_state_dict(state["loader"])
         load_model_tensors(last, self.model)
         load_optimizer_tensors(last, self.optimizer)
         self.step, self.samples = state["step"], state["samples"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
         self.stopping.load_state_dict(state["stopping"])
-        restore_random_state(state["random"][rank])
+        restore_random_state(state["random"][rank % len(state["random"])])
+        self._first_step = self.step + self.loader.batches_left - (self.loader.epoch + 1) * self._steps_per_epoch
         if is_first_rank():
             self.checkpoints.repair_best(self.stopping.best_step)
         logger.info("resumed from %s: %d of %d steps done", last, self.step, self.settings.total_steps)
@@ -188,9 +201,10 @@ class TrainingLoop:
 
     def _after_step(self, log: StepLog, progress: Progress) -> None:
         settings = self.settings
-        validates = self.step == settings.total_steps or any(
-            every is not None and self.step % every == 0
-            for every in (settings.validate_every_steps, self._steps_per_epoch)
+        validates = (
+            self.step == settings.total_steps
+            or (settings.validate_every_steps is not None and self.step % settings.validate_every_steps == 0)
+            or self.loader.batches_left == 0
         )
         saves = validates or (
             settings.checkpoint_every_steps is not None and self.step % settings.checkpoint_every_steps == 0
@@ -230,7 +244,7 @@ class TrainingLoop:
             "loss": loss,
             "learning_rate_factor": self._factor or 0.0,
             "samples_per_second": samples / elapsed,
-            "epoch": self.step / self._steps_per_epoch,
+            "epoch": self.epochs,
         }
         log.write(self.step, "train", values)
         progress.update(step=self.step, num_samples=int(samples), loss=loss)
@@ -251,7 +265,7 @@ class TrainingLoop:
         self.checkpoints.save(self.step, tensors, state, best_step=self.stopping.best_step)
 
     def _diagnose(self, step: int, loss: float, batch: Batch | None) -> str:
-        epoch, index = divmod(step, self._steps_per_epoch)
+        epoch, index = divmod(step - self._first_step, self._steps_per_epoch)
         first = index * self.settings.batch_size
         rows = len(batch.labels) if batch is not None else self.settings.batch_size
         text = (

@@ -107,7 +107,7 @@ class _Run:
         self.folder = folder = RunFolder(Path(config.paths.run))
         self.device = device
         self.ranks = ranks
-        self.data = _open(config, _started_on(folder), ranks)
+        self.data = _open(config, folder, ranks)
         # After the data, whose preparation may draw numbers of its own or, when it is there already, none.
         seed_everything(config.seed)
         inputs = ModelInputs.of(self.data.manifest)
@@ -126,7 +126,7 @@ class _Run:
         )
         if trainer.compile:
             _compile_dense_part(self.model)
-        total_steps = trainer.epochs * len(self.data.train)
+        total_steps = _total_steps(trainer.epochs, self.data.train, folder)
         if trainer.max_steps is not None:
             total_steps = min(total_steps, trainer.max_steps)
         self.stopping = EarlyStopping(
@@ -138,7 +138,7 @@ class _Run:
             self.data.train,
             settings=LoopSettings(
                 total_steps=total_steps,
-                batch_size=trainer.batch_size,
+                batch_size=self.data.train.batch_size,
                 precision=trainer.precision,
                 log_every_steps=trainer.log_every_steps,
                 validate_every_steps=trainer.steps_between_validations(len(self.data.train)),
@@ -179,7 +179,7 @@ class _Run:
             warn_where_bf16_is_slow(self.device)
         if self.folder.checkpoints.last is not None:
             loop.resume()
-        rows_per_step = self.config.trainer.batch_size * self.ranks.world_size
+        rows_per_step = self.data.train.batch_size * self.ranks.world_size
         rows = self.config.trainer.epochs * self.data.manifest.split("train").rows
         total = min(loop.settings.total_steps * rows_per_step, rows)
         terminal = None if self.ranks.is_first else False
@@ -252,7 +252,7 @@ class _Run:
                 "seconds": loop.seconds,
                 "samples_per_cpu_second": loop.samples / loop.cpu_seconds,
                 "steps": loop.step,
-                "epochs": loop.step / len(self.data.train),
+                "epochs": loop.epochs,
                 "stopped_early": self.stopping.should_stop,
                 "device": str(self.device),
                 "precision": self.config.trainer.precision,
@@ -264,8 +264,8 @@ class _Run:
         }
 
 
-def _open(config: TrainConfig, started_on: str | None, ranks: Ranks) -> _Data:
-    if started_on is None:
+def _open(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> _Data:
+    if (started_on := _started_on(folder)) is None:
         # A synthetic log is made by one rank and found by the others.
         manifest = ranks.first_then_others("data", lambda: open_data_set(config.data))
     else:
@@ -280,13 +280,14 @@ def _open(config: TrainConfig, started_on: str | None, ranks: Ranks) -> _Data:
     for name in ("train", "validation", "test"):
         # The loader would find a bad id too, but in the last file, hours later.
         check_split(manifest, name)
+    batch_size = _batch_size(config, folder, ranks)
     extra = [manifest.user] if manifest.user is not None else []
     loader = functools.partial(ParquetLoader, manifest, rank=ranks.rank, world_size=ranks.world_size)
     return _Data(
         manifest,
         loader(
             "train",
-            batch_size=config.trainer.batch_size,
+            batch_size=batch_size,
             shuffle=config.data.shuffle,
             seed=config.seed,
         ),
@@ -299,6 +300,35 @@ def _started_on(folder: RunFolder) -> str | None:
     """Data set of the run being continued, None for one that has no checkpoint."""
     last = folder.checkpoints.last
     return None if last is None else str(load_state(last)["run"]["data"])
+
+
+def _batch_size(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> int:
+    """Rows of one rank's batch: other ranks than those of the last checkpoint share the rows of its steps.
+
+    Raises:
+        ValueError: they cannot be shared equally.
+    """
+    last = folder.checkpoints.last
+    if last is None:
+        return config.trainer.batch_size
+    loader = load_state(last)["loader"]
+    rows = loader["batch_size"] * loader["world_size"]
+    if rows % ranks.world_size:
+        raise ValueError(
+            f"{last}: a step takes {rows} rows, which {ranks.world_size} ranks cannot share equally; "
+            f"it was trained by {loader['world_size']}"
+        )
+    return int(rows // ranks.world_size)
+
+
+def _total_steps(epochs: int, loader: ParquetLoader, folder: RunFolder) -> int:
+    """Steps of all epochs; those done before the last checkpoint may have been of another number of ranks."""
+    done = 0
+    if (last := folder.checkpoints.last) is not None:
+        state = load_state(last)
+        done = state["step"]
+        loader.load_state_dict(state["loader"])
+    return done + loader.batches_left + (epochs - 1 - loader.epoch) * len(loader)
 
 
 def _data_results(manifest: Manifest) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class ListLoader:
             yield self.batches[self.batch - 1]
         self.epoch, self.batch = self.epoch + 1, 0
 
+    @property
+    def batches_left(self) -> int:
+        return len(self.batches) - self.batch
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "batch": self.batch}
 

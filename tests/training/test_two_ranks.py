@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -136,7 +137,7 @@ def test_one_process_evaluates_what_two_ranks_trained(finished: Path, data: Path
     assert metrics.auc(labels, logits) == pytest.approx(results["test"]["auc"], abs=1e-9)
 
 
-def test_killed_with_signal_9_and_resumed_two_ranks_end_with_the_same_metrics(
+def test_killed_with_signal_9_and_resumed_two_ranks_end_with_the_same_metrics_and_one_goes_on_too(
     finished: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -148,8 +149,8 @@ def test_killed_with_signal_9_and_resumed_two_ranks_end_with_the_same_metrics(
     finish(processes)
     assert not (run / "results.json").exists()
 
-    with pytest.raises(ValueError, match=r"step-00000030: a run of 2 ranks goes on with as many, got 1"):
-        train(RunFolder(run).config(), continues=True)
+    for_one = tmp_path / "for-one"
+    shutil.copytree(run, for_one, symlinks=True)
     assert finish(start(RunFolder(run).config(), tmp_path, continues=True)) == [0, 0]
     whole, resumed = (json.loads((path / "results.json").read_text()) for path in (finished / "run", run))
     assert resumed["test"] == whole["test"]
@@ -159,6 +160,29 @@ def test_killed_with_signal_9_and_resumed_two_ranks_end_with_the_same_metrics(
         for path in (finished / "run", run)
     ]
     assert lines[0] == lines[1]
+
+    alone = train(
+        RunFolder(for_one).config() | {"paths": {"run": str(for_one), "runs": "r", "data": "d"}}, continues=True
+    )
+    # As many rows a step as both had taken, and each row of the epoch once.
+    assert (alone["train"]["ranks"], alone["train"]["steps"], alone["train"]["epochs"]) == (1, 75, 1)
+    assert alone["train"]["samples"] == 0.8 * ROWS
+    assert alone["test"]["auc"] == pytest.approx(whole["test"]["auc"], abs=0.02)
+    [lengths] = {len(read_metrics(path)) for path in (run, for_one)}
+    assert lengths == len(lines[0])
+
+
+def test_ranks_that_cannot_share_the_rows_of_a_step_are_refused(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("trainer.batch_size=65", "trainer.max_steps=5")
+    with pytest.MonkeyPatch.context() as patch:
+        # Stopped before its results are written.
+        patch.setattr("recemb.training.run.write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(data, run, *settings))
+    assert set(finish(start(RunFolder(run).config(), tmp_path, continues=True))) == {1, 2}
+    [message] = [path.read_text() for path in tmp_path.glob("error-*")]
+    assert "step-00000005: a step takes 65 rows, which 2 ranks cannot share equally; it was trained by 1" in message
 
 
 def test_an_error_of_one_rank_ends_both_with_one_message(data: Path, tmp_path: Path) -> None:
