@@ -137,6 +137,9 @@ def sized_method(config: EmbeddingConfig, tables: list[EmbeddingBagConfig]) -> M
         ValueError: neither a budget nor a size, both, or a budget that cannot be met (the smallest size is named).
     """
     method: Method = build_target(config.method)
+    if method_class(method).searches:
+        # Its budget is one for the plan.
+        return method
     if config.budget is not None:
         budget = parse_budget(config.budget, sum(full_table_bytes(tables).values()))
         return fit_to_budget(tables, method, budget, full_below_rows=config.full_below_rows)
@@ -153,7 +156,12 @@ def sized_method(config: EmbeddingConfig, tables: list[EmbeddingBagConfig]) -> M
 
 
 def build_model(
-    config: EmbeddingConfig, head: Mapping[str, Any], inputs: ModelInputs, optimizer: EmbeddingOptimizer
+    config: EmbeddingConfig,
+    head: Mapping[str, Any],
+    inputs: ModelInputs,
+    optimizer: EmbeddingOptimizer,
+    *,
+    method: Method | None = None,
 ) -> tuple[nn.Module, MemoryReport]:
     """The model on the CPU with fresh weights, and the bytes of its tables.
 
@@ -163,13 +171,14 @@ def build_model(
             ``histories`` and ``bags`` is a sequence model: it gets them, and a collection that does not pool.
         inputs: what it reads.
         optimizer: of the tables, whose state is counted.
+        method: of the tables, instead of the configured one: what a search's plan asks for.
 
     Raises:
         ValueError: see ``sized_method`` and the classes built.
         MemoryError: the tables and their optimizer state are larger than the memory there is.
     """
     tables = inputs.logical_tables(config.embedding_dim)
-    method = sized_method(config, tables)
+    method = sized_method(config, tables) if method is None else method
     estimate = estimate_memory(tables, method, full_below_rows=config.full_below_rows, optimizer=optimizer)
     _check_fits(estimate)
     build = build_target(head)

@@ -48,7 +48,8 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments as Hydra wants them.
 
     - ``experiment=x`` becomes ``+experiment=x``. Hydra accepts only one of the two spellings: the first with an
-      ``experiment: null`` in the defaults list, the second without. We leave the entry out and accept both.
+      ``experiment: null`` in the defaults list, the second without. We leave the entry out and accept both; likewise
+      ``stage=x``.
     - ``resume=DIR`` also makes DIR the output folder, so that a continued run writes where it began.
 
     Raises:
@@ -56,7 +57,7 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
     """
     result = []
     for argument in arguments:
-        result.append(f"+{argument}" if argument.startswith("experiment=") else argument)
+        result.append(f"+{argument}" if argument.startswith(("experiment=", "stage=")) else argument)
         if argument.startswith("resume=") and argument not in ("resume=", "resume=null"):
             folder = argument.removeprefix("resume=").strip("'\"")
             # Before Hydra, which would make the folder of a mistyped name.

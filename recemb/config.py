@@ -49,6 +49,8 @@ class DataConfig:
         synthetic: the synthetic log.
         shuffle: draw train rows in another order each epoch.
         verify_checksums: read every byte before training and compare with the manifest; about 1 GB a second.
+        architecture_fraction: for runs of several stages, share of the validation rows that decide an architecture and
+            then never when training stops; a data set with a split ``architecture`` of its own ignores it.
     """
 
     path: str | None
@@ -56,6 +58,7 @@ class DataConfig:
     synthetic: SyntheticConfig
     shuffle: bool
     verify_checksums: bool
+    architecture_fraction: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class EmbeddingConfig:
         budget: see ``recemb.budget.parse_budget``; None: the method's size is as configured.
         method: target of the method, partial.
         full_below_rows: tables of fewer rows stay full; their bytes count towards the budget.
+        stages: of a search, in order: targets of ``recemb.training.stages`` or others of that protocol, each with a
+            ``name`` of its own; none: one plain training.
         mini_batch_aware_decay: strength of ``recemb.row_decay``, 0 for none; needs a data set with train counts.
     """
 
@@ -75,12 +80,11 @@ class EmbeddingConfig:
     method: Mapping[str, Any]
     full_below_rows: int = 0
     mini_batch_aware_decay: float = 0.0
+    stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.mini_batch_aware_decay >= 0:
-            raise ValueError(
-                f"embedding.mini_batch_aware_decay must be at least 0, got {self.mini_batch_aware_decay}"
-            )
+            raise ValueError(f"embedding.mini_batch_aware_decay must be at least 0, got {self.mini_batch_aware_decay}")
         if self.embedding_dim < 4 or self.embedding_dim % 4:
             raise ValueError(
                 f"embedding.embedding_dim must be a multiple of 4 (fused kernels read 16 bytes at a time), "
@@ -173,7 +177,7 @@ class PathsConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of ``configs/train.yaml``."""
+    """All of ``configs/train.yaml``, and ``stage``: the one of ``embedding.stages`` to run, None for all."""
 
     task_name: str
     seed: int
@@ -184,6 +188,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     paths: PathsConfig
+    stage: str | None = None
 
     @staticmethod
     def parse(config: Mapping[str, Any]) -> TrainConfig:
@@ -195,9 +200,21 @@ class TrainConfig:
         parsed = parse(TrainConfig, config)
         check_target(parsed.model, "model", given=("embeddings", "num_dense"))
         check_target(parsed.embedding.method, "embedding.method", given=("tables",))
+        _check_stages(parsed.embedding.stages, parsed.stage)
         check_target(parsed.optimizer.embedding, "optimizer.embedding", given=())
         check_target(parsed.optimizer.dense, "optimizer.dense", given=("params",))
         return parsed
+
+
+def _check_stages(stages: Sequence[Mapping[str, Any]], asked: str | None) -> None:
+    for index, stage in enumerate(stages):
+        check_target(stage, f"embedding.stages.{index}", given=())
+    names = [stage.get("name") for stage in stages]
+    # They become names of folders.
+    if any(not isinstance(name, str) or not name.isidentifier() for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"config: every one of embedding.stages needs a name, a word of its own; got {names}")
+    if asked is not None and asked not in names:
+        raise ValueError(f"config: stage must be one of embedding.stages, {names}, got {asked!r}")
 
 
 def _at_least_one(name: str, value: int | None) -> None:

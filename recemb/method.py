@@ -167,6 +167,32 @@ class CompressedTables(nn.Module):
 
         return functools.partial(Pruned, plan=plan)
 
+    def aim_at(self, budget_bytes: int) -> None:
+        """Told before training how many bytes the plan may take, for methods that prune as they train."""
+
+    def search_figures(self) -> dict[str, float]:
+        """How far a search is (rows kept, mean width), logged with every validation, on every rank alike."""
+        return {}
+
+    def stored_tables(self) -> dict[str, Tensor]:
+        """Table name -> (num_embeddings, D) rows, where each id has one; a copy. {} where ids share rows.
+
+        What tables built from a plan are rewound to. By default those of a search, whose first physical table holds
+        the rows of one logical table after the other. Over ranks all of them must call it.
+        """
+        if not self.searches:
+            return {}
+        # Here, because it reads methods.
+        from recemb.table_rows import read_stack
+
+        sizes = [table.num_embeddings for table in self.tables]
+        parts = read_stack(self, 0, sum(sizes)).split(sizes)
+        return {table.name: part for table, part in zip(self.tables, parts, strict=True)}
+
+    def folded_tables(self) -> dict[str, Tensor]:
+        """``stored_tables`` with what the search learnt beside the rows: the vectors of all ids."""
+        return self.stored_tables()
+
     def convert(self) -> CompressedTables:
         """The form that serves: the same vectors bit for bit in evaluation, in as few bytes as they need."""
         return self

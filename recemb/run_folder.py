@@ -27,6 +27,9 @@ from recemb.assembly import ModelInputs, build_model
 from recemb.checkpoint import STATE_FILE, Checkpoints, load_model_tensors, load_state
 from recemb.config import TrainConfig, build_target
 from recemb.files import write_atomically, write_json
+from recemb.memory import MemoryReport
+from recemb.method import Method, method_class
+from recemb.plan import CompressionPlan
 
 CONFIG_FILE = "config.yaml"
 RESULTS_FILE = "results.json"
@@ -114,10 +117,27 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     described = load_state(checkpoint)["run"]
     config = TrainConfig.parse(described["config"])
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=described["data"]))
-    inputs = ModelInputs.from_dict(described["inputs"])
-    model, _ = build_model(config.embedding, config.model, inputs, build_target(config.optimizer.embedding))
+    model, _ = build_described(described, checkpoint)
     load_model_tensors(checkpoint, model)
     return model.to(device).eval(), config
+
+
+def build_described(described: Mapping[str, Any], checkpoint: Path) -> tuple[nn.Module, MemoryReport]:
+    """The model of a checkpoint on the CPU with fresh weights, and the bytes of its tables.
+
+    Args:
+        described: ``run`` of the checkpoint's state.
+        checkpoint: its folder; the plan of tables that a search made lies where the state says, seen from there.
+    """
+    config = TrainConfig.parse(described["config"])
+    method: Method | None = None
+    if (plan := described.get("plan")) is not None:
+        searched = method_class(build_target(config.embedding.method))
+        # Resolved, because a run's checkpoints are a link to those of its last stage.
+        method = searched.from_plan(CompressionPlan.load(checkpoint.resolve() / plan))
+    inputs = ModelInputs.from_dict(described["inputs"])
+    optimizer = build_target(config.optimizer.embedding)
+    return build_model(config.embedding, config.model, inputs, optimizer, method=method)
 
 
 def environment() -> dict[str, Any]:

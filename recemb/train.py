@@ -2,7 +2,8 @@
 
     python -m recemb.train +experiment=criteo
     python -m recemb.train data=parquet data.path=DIR embedding=unified embedding.budget=10x seed=1
-    python -m recemb.train resume=RUN_FOLDER
+    python -m recemb.train +experiment=criteo embedding=magnitude     # a search: all its stages, to the test split
+    python -m recemb.train resume=RUN_FOLDER                          # +stage=NAME for one stage of a search
     torchrun --nproc-per-node 2 -m recemb.train +experiment=criteo
 
 Every key: ``configs/train.yaml`` and the groups beside it.

@@ -57,6 +57,13 @@ class Full(CompressedTables):
                 weight.copy_(full_tables[config.name])
         return [table.name for table in self.tables]
 
+    def stored_tables(self) -> dict[str, Tensor]:
+        return {
+            config.name: self.get_parameter(f"lookups.{index}.embedding_bags.{config.name}.weight").detach().clone()
+            for index in range(len(self.lookups))
+            for config in self.physical_tables[index]
+        }
+
     def embed(self, bags: Bags) -> Tensor:
         assert len(self.tables) == 1 and not bags.single
         # All keys read the one table, so ids are dealt out to them in turn: the output then lies in the ids' order.

@@ -20,6 +20,7 @@ from recemb.collection import compressed_groups
 from recemb.data.batch import Batch
 from recemb.evaluation.gather import gather_texts
 from recemb.ranks import is_first_rank, sum_over_ranks
+from recemb.training.bilevel import SearchOptimizer, Steps, Together
 from recemb.training.metrics_log import StepLog
 from recemb.training.progress import Progress
 from recemb.training.randomness import random_state, restore_random_state
@@ -42,11 +43,9 @@ class Loader(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class SteppedOptimizer(Optimizer, Protocol):
+class SteppedOptimizer(Optimizer, SearchOptimizer, Protocol):
     """What ``recemb.prepare`` returns: tables (updated inside backward) and dense layers as one."""
 
-    def zero_grad(self) -> None: ...
-    def step(self) -> None: ...
     def set_learning_rate_factor(self, factor: float) -> None: ...
 
 
@@ -85,6 +84,7 @@ class TrainingLoop:
         checkpoints: where checkpoints go.
         device: where batches go.
         description: stored as ``run`` in the state of every checkpoint, fit for JSON.
+        steps: for searches, how weights and architecture take turns; everything together where None.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class TrainingLoop:
         checkpoints: Checkpoints,
         device: torch.device,
         description: Mapping[str, Any],
+        steps: Steps | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -111,6 +112,7 @@ class TrainingLoop:
         self.checkpoints = checkpoints
         self.device = device
         self.description = description
+        self.steps = steps or Together()
         self.step = 0
         self.samples = 0
         # Of steps only, waiting for batches included: validation and checkpoints are no training.
@@ -148,6 +150,7 @@ class TrainingLoop:
         state = load_state(last)
         rank = dist.get_rank() if dist.is_initialized() else 0
         self.loader.load_state_dict(state["loader"])
+        self.steps.load_state_dict(state.get("steps", {}))
         load_model_tensors(last, self.model)
         load_optimizer_tensors(last, self.optimizer)
         self.step, self.samples = state["step"], state["samples"]
@@ -192,10 +195,11 @@ class TrainingLoop:
             if (penalty := group.penalty()) is not None:
                 objective = objective + penalty
         objective.backward()
-        self.optimizer.step()
+        self.steps.step(self.optimizer)
         self._window.append(loss.detach())
         self._window_samples += len(batch.labels)
         self.step += 1
+        self.steps.after_step(self.step, self.model, self.optimizer)
         for group in self._groups:
             group.after_step(self.step)
 
@@ -217,8 +221,9 @@ class TrainingLoop:
             self.model.train()
             best = self.stopping.update(self.step, metrics)
             log.write(self.step, "validation", metrics)
-            shown = ", ".join(f"{name} {value:.5f}" for name, value in metrics.items())
-            logger.info("step %d: validation %s%s", self.step, shown, " (best)" if best else "")
+            shown = ", ".join(_shown(name, value) for name, value in metrics.items())
+            so_far = " (best)" if best else f" (best {self.stopping.best_value:.5f})"
+            logger.info("step %d: validation %s%s", self.step, shown, so_far)
         if saves:
             self._save()
         if saves or validates:
@@ -258,6 +263,7 @@ class TrainingLoop:
             "cpu_seconds": self.cpu_seconds,
             "stopping": self.stopping.state_dict(),
             "loader": self.loader.state_dict(),
+            "steps": self.steps.state_dict(),
             "random": [json.loads(text) for text in gather_texts(json.dumps(random_state()))],
             "run": self.description,
         }
@@ -278,3 +284,8 @@ class TrainingLoop:
             f"{text}the model diverged. Lower optimizer.embedding.learning_rate and optimizer.dense.lr, or "
             "raise trainer.schedule.warmup_steps; the last checkpoint is from before"
         )
+
+
+def _shown(name: str, value: float) -> str:
+    """Counts as they are, metrics to five digits."""
+    return f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.5f}"

@@ -44,7 +44,7 @@ def loss_plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     right.set_ylabel("AUC")
     axes.legend(handles=[*axes.get_lines(), *right.get_lines()], frameon=False, loc="center right")
     axes.grid(color="#e8ebee")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def table_bytes_plot(memory: MemoryReport, path: Path) -> None:
@@ -68,14 +68,14 @@ def table_bytes_plot(memory: MemoryReport, path: Path) -> None:
     for axes, (sizes, total, color, name) in zip(panels, contents, strict=True):
         axes.barh(list(sizes), list(sizes.values()), color=color)
         axes.invert_yaxis()
-        axes.set_title(f"{name}: {_bytes(total)}", loc="left", fontsize=10)
+        axes.set_title(f"{name}: {format_bytes(total)}", loc="left", fontsize=10)
         axes.set_xscale("log")
         axes.tick_params(axis="y", labelsize=8)
         axes.grid(axis="x", color="#e8ebee")
         axes.set_axisbelow(True)
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     panels[-1].set_xlabel("bytes (log scale)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _largest(sizes: dict[str, int]) -> dict[str, int]:
@@ -86,7 +86,8 @@ def _largest(sizes: dict[str, int]) -> dict[str, int]:
     return shown
 
 
-def _bytes(value: float) -> str:
+def format_bytes(value: float) -> str:
+    """``1_234_567 -> "1.23 MB"``."""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
             return f"{value:.3g} {unit}"
@@ -94,7 +95,8 @@ def _bytes(value: float) -> str:
     return f"{value:.3g} TB"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=130)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,26 @@ def _left_out(users: Mapping[str, Any]) -> str:
     return f"{users['num_users']:,} users, {users['num_users_left_out']:,} of one class left out"
 
 
-def write_report(folder: Path, results: Mapping[str, Any], evaluation: Evaluation, memory: MemoryReport) -> None:
-    """Write ``loss.png``, ``table_bytes.png``, ``reliability.png`` and ``report.md`` into ``folder``."""
-    lines = read_metrics(folder)
+def write_report(
+    folder: Path,
+    results: Mapping[str, Any],
+    evaluation: Evaluation,
+    memory: MemoryReport,
+    *,
+    metrics: list[dict[str, Any]] | None = None,
+    sections: Sequence[str] = (),
+) -> None:
+    """Write ``loss.png``, ``table_bytes.png``, ``reliability.png`` and ``report.md`` into ``folder``.
+
+    Args:
+        folder: of the run.
+        results: what results.json holds.
+        evaluation: of the test split.
+        memory: bytes of the tables.
+        metrics: lines of the training that the report is about; those of ``folder`` where None.
+        sections: Markdown that follows the test metrics.
+    """
+    lines = read_metrics(folder) if metrics is None else metrics
     loss_plot(lines, folder / "loss.png")
     table_bytes_plot(memory, folder / "table_bytes.png")
     reliability_plot(
@@ -59,6 +76,7 @@ def write_report(folder: Path, results: Mapping[str, Any], evaluation: Evaluatio
         + evaluation.table()
         + "\n```",
         "![reliability](reliability.png)",
+        *sections,
         _training(results, lines),
         "![loss](loss.png)",
         _memory(memory),

@@ -8,8 +8,8 @@ from typing import Any
 
 from recemb.run_folder import RunFolder
 
-# Keys in which a continued run may differ from itself: how it is addressed.
-_ADDRESSES = ("resume", "paths.run")
+# Keys in which a continued run may differ from itself: how it is addressed, and which of its stages are run.
+_ADDRESSES = ("resume", "paths.run", "stage")
 
 
 def config_to_train(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def config_to_train(config: dict[str, Any], overrides: Sequence[str]) -> dict[st
         return config
     path = Path(config["resume"])
     stored = RunFolder(path).config()
-    if any(not override.lstrip("+").startswith("resume=") for override in overrides):
+    if any(not override.lstrip("+").startswith(("resume=", "stage=")) for override in overrides):
         now, then = dict(_flat(config)), dict(_flat(stored))
         changed = [
             f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
@@ -42,6 +42,7 @@ def config_to_train(config: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 "Leave the other overrides out, or begin a new run"
             )
     stored["paths"]["run"] = str(path.resolve())
+    stored["stage"] = config.get("stage")
     return stored
 
 

@@ -15,14 +15,14 @@ from torch import nn
 
 from recemb.allocator import tune_allocators
 from recemb.assembly import ModelInputs, build_model, decay_by_train_counts
-from recemb.checkpoint import load_model_tensors, load_state
+from recemb.checkpoint import Checkpoints, load_model_tensors, load_state
 from recemb.config import TrainConfig, build_target
 from recemb.data.checks import check_split
 from recemb.data.manifest import Manifest
 from recemb.data.parquet import ParquetLoader
 from recemb.data_source import open_data_set
 from recemb.evaluation import metrics
-from recemb.evaluation.evaluator import Evaluation, evaluate_predictions
+from recemb.evaluation.evaluator import evaluate_predictions
 from recemb.evaluation.grouped import grouped_auc
 from recemb.evaluation.predictions import Predictions, collect
 from recemb.files import write_json
@@ -35,6 +35,7 @@ from recemb.training.precision import warn_where_bf16_is_slow
 from recemb.training.progress import Progress
 from recemb.training.randomness import seed_everything
 from recemb.training.report import write_report
+from recemb.training.run_stages import StagedRun, initial_checkpoints
 from recemb.training.schedule import LearningRateSchedule
 from recemb.training.stopping import EarlyStopping
 
@@ -54,7 +55,9 @@ class _Data:
     test: ParquetLoader
 
 
-def train(content: Mapping[str, Any], *, continues: bool = False, ranks: Ranks = ALONE) -> dict[str, Any]:
+def train(
+    content: Mapping[str, Any], *, continues: bool = False, ranks: Ranks = ALONE, test: bool = True
+) -> dict[str, Any]:
     """Train, evaluate and report into ``paths.run``.
 
     Args:
@@ -62,6 +65,7 @@ def train(content: Mapping[str, Any], *, continues: bool = False, ranks: Ranks =
         continues: go on with the run in ``paths.run``, whose config this is.
         ranks: of this run, see ``recemb.ranks.joined_ranks``; the first rank's ``content`` counts. With several,
             ``trainer.batch_size`` is that of each.
+        test: look at the test split at the end; a trial that chooses settings must not.
 
     Returns:
         What results.json holds.
@@ -81,7 +85,13 @@ def train(content: Mapping[str, Any], *, continues: bool = False, ranks: Ranks =
         if config.trainer.caching and device.type != "cuda":
             raise ValueError(f"trainer.caching is for CUDA, whose memory is the cache, got trainer.device={device}")
         stack.enter_context(ranks.process_group(device))
-        return _Run(config, content, device, ranks).to_the_end()
+        if config.trainer.threads is not None:
+            torch.set_num_threads(config.trainer.threads)
+        if config.embedding.stages:
+            initial = initial_checkpoints(Path(config.paths.run))
+            manifest = _open_manifest(config, initial, ranks)
+            return StagedRun(config, content, device, ranks, manifest).to_the_end(test=test)
+        return _Run(config, content, device, ranks).to_the_end(test=test)
 
 
 def _begin(content: Mapping[str, Any], continues: bool, stack: ExitStack) -> dict[str, Any] | None:
@@ -90,7 +100,7 @@ def _begin(content: Mapping[str, Any], continues: bool, stack: ExitStack) -> dic
     stack.enter_context(folder.locked())
     if not continues:
         folder.begin(content)
-    elif (results := folder.results()) is not None:
+    elif (results := folder.results()) is not None and content.get("stage") is None:
         logger.info("%s: the run is finished", folder.path)
         return results
     return None
@@ -101,8 +111,6 @@ class _Run:
 
     def __init__(self, config: TrainConfig, content: Mapping[str, Any], device: torch.device, ranks: Ranks) -> None:
         trainer = config.trainer
-        if trainer.threads is not None:
-            torch.set_num_threads(trainer.threads)
         self.config = config
         self.folder = folder = RunFolder(Path(config.paths.run))
         self.device = device
@@ -163,8 +171,8 @@ class _Run:
             },
         )
 
-    def to_the_end(self) -> dict[str, Any]:
-        """Train, restore the best checkpoint, look at the test split once, write everything."""
+    def to_the_end(self, *, test: bool) -> dict[str, Any]:
+        """Train; if ``test``, restore the best checkpoint, look at the test split once and write everything."""
         logger.info(
             "training on %s (%s rows), %s: %s bytes of tables instead of %s",
             self.data.manifest.root,
@@ -189,6 +197,8 @@ class _Run:
                 loop.run(stack.enter_context(MetricsLog(self.folder.path, resume_step=loop.step)), progress)
             else:
                 loop.run(NoLog(), progress)
+        if not test:
+            return self._results()
         best = self.folder.checkpoints.best
         assert best is not None, "every training ends with a validation"
         load_model_tensors(best, self.model)
@@ -197,7 +207,9 @@ class _Run:
         results: dict[str, Any] = {}
         if self.ranks.is_first:
             evaluation = evaluate_predictions(predictions, user_column=users)
-            results = self._results(evaluation)
+            results = {**self._results(), "test": evaluation.to_dict()}
+            # In reliability.png; here it would hide the figures among 200 lines of bins.
+            del results["test"]["reliability"]
             write_json(self.folder.path / "memory.json", self.memory.to_dict())
             write_report(self.folder.path, results, evaluation, self.memory)
             write_json(self.folder.path / RESULTS_FILE, results)
@@ -221,16 +233,13 @@ class _Run:
                 figures["gauc"] = users.mean()
         return figures
 
-    def _results(self, evaluation: Evaluation) -> dict[str, Any]:
+    def _results(self) -> dict[str, Any]:
+        """All but the metrics of the test split."""
         manifest, loop = self.data.manifest, self.loop
-        test = evaluation.to_dict()
-        # In reliability.png; here it would hide the figures among 200 lines of bins.
-        del test["reliability"]
         return {
             "task_name": self.config.task_name,
             "seed": self.config.seed,
             "run": str(self.folder.path),
-            "test": test,
             "validation": {
                 "best_step": self.stopping.best_step,
                 self.stopping.metric: self.stopping.best_value,
@@ -244,6 +253,9 @@ class _Run:
                 "bytes": self.memory.serving_bytes,
                 "full_bytes": self.memory.full_bytes,
                 "ratio": self.memory.ratio,
+                "table_bytes": self.memory.table_bytes,
+                "index_bytes": self.memory.index_bytes,
+                "dense_bytes": self.memory.dense_bytes,
                 "optimizer_bytes": self.memory.optimizer_bytes,
             },
             "train": {
@@ -264,8 +276,9 @@ class _Run:
         }
 
 
-def _open(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> _Data:
-    if (started_on := _started_on(folder)) is None:
+def _open_manifest(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) -> Manifest:
+    """The data set of a run, checked; that of its checkpoints where it has any."""
+    if (started_on := _started_on(checkpoints)) is None:
         # A synthetic log is made by one rank and found by the others.
         manifest = ranks.first_then_others("data", lambda: open_data_set(config.data))
     else:
@@ -280,6 +293,11 @@ def _open(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> _Data:
     for name in ("train", "validation", "test"):
         # The loader would find a bad id too, but in the last file, hours later.
         check_split(manifest, name)
+    return manifest
+
+
+def _open(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> _Data:
+    manifest = _open_manifest(config, folder.checkpoints, ranks)
     batch_size = _batch_size(config, folder, ranks)
     extra = [manifest.user] if manifest.user is not None else []
     loader = functools.partial(ParquetLoader, manifest, rank=ranks.rank, world_size=ranks.world_size)
@@ -296,9 +314,9 @@ def _open(config: TrainConfig, folder: RunFolder, ranks: Ranks) -> _Data:
     )
 
 
-def _started_on(folder: RunFolder) -> str | None:
+def _started_on(checkpoints: Checkpoints) -> str | None:
     """Data set of the run being continued, None for one that has no checkpoint."""
-    last = folder.checkpoints.last
+    last = checkpoints.last
     return None if last is None else str(load_state(last)["run"]["data"])
 
 

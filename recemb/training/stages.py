@@ -1,0 +1,218 @@
+"""The stages that searches are made of; the evolution of widths has a file of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from recemb.checkpoint import load_model_tensors
+from recemb.collection import compressed_groups
+from recemb.memory.report import parameter_bytes
+from recemb.plan import CompressionPlan
+from recemb.run_folder import RunFolder
+from recemb.training.bilevel import ByTurns, Steps, Together
+from recemb.training.stage import (
+    Reset,
+    StageContext,
+    StageOutcome,
+    converted,
+    joined_plan,
+    plan_figures,
+    search_budgets,
+)
+from recemb.training.training import Training, batch_size_of
+
+logger = logging.getLogger(__name__)
+
+Keep = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class TrainStage:
+    """Trains the method's own tables: a supernet, a warm start, or all there is to a search that prunes as it trains.
+
+    Args:
+        name: of the stage's folder.
+        epochs: instead of ``trainer.epochs``.
+        max_steps: instead of ``trainer.max_steps``.
+        stops_early: False trains all steps, whatever ``trainer.stopping`` says.
+        keep: the weights that later stages get: of the ``"best"`` validation, or the ``"last"``, for a search that
+            becomes what it is to be only at its end.
+        reset: what it starts from: ``"none"``: the stage before, where there is one; ``"rewind"``: the weights from
+            before the first stage; ``"fresh"``: others.
+        architecture: let the architecture learn, from the same batches as the weights; False for a warm start.
+    """
+
+    name: str
+    epochs: int | None = None
+    max_steps: int | None = None
+    stops_early: bool = True
+    keep: Keep = "best"
+    reset: Reset = "none"
+    architecture: bool = True
+
+    def run(self, context: StageContext) -> StageOutcome:
+        return _train(self, context, None, Together(architecture=self.architecture))
+
+
+@dataclass(frozen=True)
+class BilevelStage:
+    """Weights learn from train batches, and between their steps the architecture from batches of its own split.
+
+    Args:
+        name, epochs, max_steps, stops_early, keep, reset: as for ``TrainStage``.
+        train_dense: train the dense layers with the tables; False leaves them as they are.
+        every_steps: steps of the weights for one of the architecture.
+    """
+
+    name: str
+    epochs: int | None = None
+    max_steps: int | None = None
+    stops_early: bool = True
+    keep: Keep = "best"
+    reset: Reset = "none"
+    train_dense: bool = False
+    every_steps: int = 1
+
+    def run(self, context: StageContext) -> StageOutcome:
+        batch_size = batch_size_of(context.config, RunFolder(context.folder), context.ranks)
+        steps = ByTurns(
+            context.loader("architecture", batch_size, shuffle=True),
+            device=context.device,
+            precision=context.config.trainer.precision,
+            every_steps=self.every_steps,
+            train_dense=self.train_dense,
+        )
+        return _train(self, context, None, steps)
+
+
+@dataclass(frozen=True)
+class PruneStage:
+    """Ends a search: writes the plan, and the tables it asks for with the weights as the search left them.
+
+    Args:
+        name: of the stage's folder.
+    """
+
+    name: str
+
+    def run(self, context: StageContext) -> StageOutcome:
+        begun, begun_cpu = time.perf_counter(), time.process_time()
+        trained = context.load(context.latest_weights())
+        plan: CompressionPlan | None = None
+        if context.ranks.is_first:
+            budgets = search_budgets(trained, context.budget_bytes())
+            plan = joined_plan([group.derive_plan(budget) for group, budget in budgets])
+        folder = context.save_plan(plan)
+        model, _ = context.build(folder)
+        context.start(model, folder, "none")
+        checkpoints = RunFolder(context.folder).checkpoints
+        state = {"run": context.description(checkpoints.folder / "step", folder)}
+        checkpoint = checkpoints.save(0, {"model": model.state_dict()}, state, best_step=0)
+        figures = _of_plan(context, folder, model)
+        validation = context.validate(model.to(context.device))
+        logger.info("stage %s: %s, validation AUC %.5f as it is", self.name, _shown(figures), validation["auc"])
+        return StageOutcome(
+            folder,
+            checkpoint,
+            {
+                "seconds": time.perf_counter() - begun,
+                "cpu_seconds": time.process_time() - begun_cpu,
+                **figures,
+                "validation": validation,
+            },
+        )
+
+
+@dataclass(frozen=True)
+class RetrainStage:
+    """Trains the tables that the latest plan asks for, with what it keeps fixed.
+
+    Args:
+        name, epochs, max_steps, stops_early: as for ``TrainStage``.
+        reset: ``"rewind"`` (what a lottery ticket is), ``"none"`` (on from what the search had learnt) or ``"fresh"``.
+    """
+
+    name: str
+    epochs: int | None = None
+    max_steps: int | None = None
+    stops_early: bool = True
+    reset: Reset = "rewind"
+    keep: Keep = "best"
+
+    def run(self, context: StageContext) -> StageOutcome:
+        return _train(self, context, context.latest_plan(), Together())
+
+
+def _train(
+    stage: TrainStage | BilevelStage | RetrainStage, context: StageContext, plan: Path | None, steps: Steps
+) -> StageOutcome:
+    folder = RunFolder(context.folder)
+    model, memory = context.build(plan)
+    if folder.checkpoints.last is None:
+        context.start(model, plan, stage.reset)
+    sizes = {"bytes": memory.serving_bytes}
+    if plan is not None:
+        sizes = _of_plan(context, plan, model)
+        logger.info("stage %s: %s", stage.name, _shown(sizes))
+    prepared, optimizer = context.prepare(model)
+    groups = compressed_groups(prepared)
+
+    def validate() -> dict[str, float]:
+        found = {name: value for group in groups for name, value in group.search_figures().items()}
+        return {**context.validate(prepared), **found}
+
+    training = Training(
+        context.config,
+        folder,
+        model=prepared,
+        optimizer=optimizer,
+        train_rows=context.data.manifest.split("train").rows,
+        loader=context.loader(
+            "train",
+            batch_size_of(context.config, folder, context.ranks),
+            shuffle=context.config.data.shuffle,
+        ),
+        validate=validate,
+        device=context.device,
+        ranks=context.ranks,
+        description=context.description(folder.checkpoints.folder / "step", plan),
+        steps=steps,
+        epochs=stage.epochs,
+        max_steps=stage.max_steps,
+        stops_early=stage.stops_early,
+    )
+    training.run()
+    kept = folder.checkpoints.best if stage.keep == "best" else folder.checkpoints.last
+    assert kept is not None, "every training ends with a validation"
+    load_model_tensors(kept, prepared)
+    return StageOutcome(
+        None,
+        kept,
+        {
+            **training.figures(),
+            **sizes,
+            "reset": stage.reset,
+            "best_step": training.stopping.best_step,
+            "validation": context.validate(prepared),
+        },
+    )
+
+
+def _of_plan(context: StageContext, plan: Path, model: nn.Module) -> dict[str, Any]:
+    """Figures of a plan, with the bytes of the tables of ``model`` once converted."""
+    size = sum(parameter_bytes(group) for group in compressed_groups(converted(copy.deepcopy(model))))
+    return {**plan_figures(CompressionPlan.load(plan)), "bytes": size}
+
+
+def _shown(figures: dict[str, Any]) -> str:
+    return (
+        f"{figures['kept_rows']:,} rows of mean width {figures['mean_dim']:.2f} kept, "
+        f"{figures['kept_fraction']:.2%} of all values, {figures['bytes']:,} bytes"
+    )
