@@ -35,6 +35,7 @@ from recemb.bags import Bags
 from recemb.method import CompressedTables, physical_table
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.plan import CompressionPlan, TablePlan
+from recemb.pruned_bytes import plan_bytes
 from recemb.stacked import first_rows, per_feature, stacked_table, start_variance
 from recemb.step_gradient import LongTailedStep
 
@@ -212,20 +213,33 @@ class OptEmbed(CompressedTables):
     def margins(self) -> dict[str, Tensor]:
         """Table name -> (num_embeddings,) norm of each row minus its threshold: rows above 0 are kept.
 
-        Over ranks all of them must call it.
+        On the CPU; over ranks all of them must call it.
         """
-        total = sum(table.num_embeddings for table in self.tables)
+        sizes = [table.num_embeddings for table in self.tables]
+        of_table = self.starts.new_zeros(len(self.tables), dtype=torch.float32)
+        if self.thresholds is not None:
+            of_table = self.thresholds.detach()
         chunks = []
-        for first in range(0, total, _CHUNK_ROWS):
-            rows = torch.arange(first, min(first + _CHUNK_ROWS, total), device=self.starts.device)
+        for rows in torch.arange(sum(sizes), device=self.starts.device).split(_CHUNK_ROWS):
             norms = self._norms(self.lookup_rows(0, [rows])[0])
             chunks.append(norms - self._thresholds_of(rows) if len(self.lookups) > 1 else norms)
-        parts = torch.cat(chunks).split([table.num_embeddings for table in self.tables])
-        thresholds = [0.0] * len(self.tables) if self.thresholds is None else self.thresholds.tolist()
         return {
             table.name: (part - threshold).cpu()
-            for table, part, threshold in zip(self.tables, parts, thresholds, strict=True)
+            for table, part, threshold in zip(self.tables, torch.cat(chunks).split(sizes), of_table, strict=True)
         }
+
+    def search_figures(self) -> dict[str, float]:
+        """Rows above their threshold."""
+        if self.options is None:
+            return {}
+        return {"kept_rows": sum(int((margin > 0).sum()) for margin in self.margins().values())}
+
+    def folded_tables(self) -> dict[str, Tensor]:
+        """Rows as they read in evaluation: zero below their threshold and beyond the widths that were set."""
+        tables = self.stored_tables()
+        for name, table_plan in self.derive_plan(None).tables.items():
+            tables[name] *= table_plan.mask().to(tables[name].device)
+        return tables
 
     def derive_plan(self, budget_bytes: int | None) -> CompressionPlan:
         """Rows above their thresholds, and the widths that were set.
@@ -294,11 +308,7 @@ def _largest_within(
 ) -> CompressionPlan:
     """The first of ``plan(0)``, ``plan(1)``, ..., which grow smaller, that meets the budget, by bisection."""
     largest = plan(0)
-    if budget_bytes is None:
-        return largest
-    from recemb.pruned_bytes import plan_bytes
-
-    if plan_bytes(largest) <= budget_bytes:
+    if budget_bytes is None or plan_bytes(largest) <= budget_bytes:
         return largest
     smallest = plan(last_step)
     if (least := plan_bytes(smallest)) > budget_bytes:
