@@ -14,6 +14,9 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from recemb.method import CompressedTables
 
+# Of a whole table, so that slots and rows of a piece stay in the caches.
+_ROWS_AT_ONCE = 1 << 18
+
 
 @torch.no_grad()
 def read_rows(method: CompressedTables, index: int, rows: Tensor) -> Tensor:
@@ -37,3 +40,11 @@ def write_rows(method: CompressedTables, index: int, rows: Tensor, values: Tenso
         held = (rows >= first) & (rows < first + count)
         target = piece.tensor.detach()
         target.index_copy_(0, rows[held] - first, values[held, column : column + width].to(target.dtype))
+
+
+@torch.no_grad()
+def read_stack(method: CompressedTables, index: int, num_rows: int) -> Tensor:
+    """(num_rows, W) rows 0 .. num_rows - 1 of the one table of ``lookups[index]``: a copy, on every rank the whole."""
+    device = next(method.lookups[index].parameters()).device
+    parts = torch.arange(num_rows, device=device).split(_ROWS_AT_ONCE)
+    return torch.cat([read_rows(method, index, part) for part in parts])

@@ -31,6 +31,7 @@ from tests.embedding_cases import (
 
 MEANS = [False, True, True, False, False]
 DENSE = partial(torch.optim.SGD, lr=0.1)
+_OPTIMIZERS = {"adagrad": torch.optim.Adagrad}
 
 
 @pytest.fixture(params=embedding_configs())
@@ -150,14 +151,24 @@ def test_a_fused_sgd_step_equals_autograd_and_torch_sgd(method: Method, ids: lis
     model, optimizer = prepare(fused, EmbeddingOptimizer("sgd", 0.1), DENSE)
     # What a search learns besides weights has an optimizer of its own.
     own = {id(parameter) for group in compressed_groups(plain) for parameter in group.architecture_parameters()}
+    # So have tables of numbers that are not trained as rows are.
+    others = [
+        _OPTIMIZERS[by.name](group.lookups[index].parameters(), lr=by.learning_rate, eps=by.eps)
+        for group in compressed_groups(plain)
+        for index, by in enumerate(group.lookup_optimizers)
+        if by is not None
+    ]
+    own |= {id(weight) for other in others for part in other.param_groups for weight in part["params"]}
     reference = torch.optim.SGD([weight for weight in plain.parameters() if id(weight) not in own], lr=0.1)
     for module, step in ((model, optimizer), (plain, reference)):
         step.zero_grad()
         ((call(module, bags(KEYS, ids)) - target) ** 2).sum().backward()
         step.step()
+    for other in others:
+        other.step()
     for group in compressed_groups(plain):
-        if (step := group.architecture_optimizer()) is not None:
-            step.step()
+        if (architecture := group.architecture_optimizer()) is not None:
+            architecture.step()
     trained = plain.state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, trained[name], rtol=1e-4, atol=1e-6, msg=name)

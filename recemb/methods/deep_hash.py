@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
@@ -26,6 +25,7 @@ from recemb.bags import Bags
 from recemb.distinct import Distinct
 from recemb.hashing import mix, salt
 from recemb.method import UNBOUNDED, CompressedTables
+from recemb.ranks import differentiable_sum
 from recemb.stacked import first_rows, per_feature, stacked_table, start_variance
 
 ENCODINGS = ("uniform", "normal")
@@ -235,10 +235,10 @@ class _BatchNorm(nn.Module):
     def forward(self, values_UW: Tensor, weights_U1: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.training:
-            total = _over_ranks(weights_U1.sum())
+            total = differentiable_sum(weights_U1.sum())
             count = total.clamp(min=1)
-            batch_mean = _over_ranks((values_UW * weights_U1).sum(dim=0)) / count
-            batch_var = _over_ranks(((values_UW - batch_mean).square() * weights_U1).sum(dim=0)) / count
+            batch_mean = differentiable_sum((values_UW * weights_U1).sum(dim=0)) / count
+            batch_var = differentiable_sum(((values_UW - batch_mean).square() * weights_U1).sum(dim=0)) / count
             enough = total > 1
             mean, var = torch.where(enough, batch_mean, mean), torch.where(enough, batch_var, var)
             with torch.no_grad():
@@ -252,30 +252,6 @@ class _BatchNorm(nn.Module):
         self.running_mean.copy_(values_UW.mean(dim=0))
         self.running_var.copy_(values_UW.var(dim=0))
         return (values_UW - self.running_mean) * (self.running_var + self.eps).rsqrt()
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce, whose gradient is that of every rank's use of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, sums: Tensor) -> Tensor:
-        total = sums.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-def _over_ranks(sums: Tensor) -> Tensor:
-    """Sum over the ranks of the process group, where there is one; differentiable."""
-    if not dist.is_initialized():
-        return sums
-    total: Tensor = _SumOverRanks.apply(sums)
-    return total
 
 
 def _decoder_floats(num_hashes: int, width: int, num_layers: int, dim: int) -> int:

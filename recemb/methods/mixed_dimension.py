@@ -43,12 +43,15 @@ class MixedDimension(CompressedTables):
     Args:
         tables: the logical tables.
         num_parameters: floats in all, matrices included; what a byte budget turns. One float an id is the least.
+        widths: table name -> width in {1, 2, 4, 8, 12, ..., D}, chosen by others than the rule above; instead of
+            num_parameters, temperature and rounding.
         temperature: how much narrower larger tables are: 0 gives all one width, 0.3 is the paper's choice for DLRM on
             Criteo, 1 as many floats to each table.
         rounding: ``"power_of_two"`` or ``"nearest"`` width that can be stored; the latter meets budgets more closely.
 
     Raises:
-        ValueError: num_parameters below 1, a temperature outside [0, 1], an unknown rounding.
+        ValueError: num_parameters below 1, a temperature outside [0, 1], an unknown rounding; both or neither of
+            num_parameters and widths; a table without a width, or of one that cannot be stored.
 
     Example:
         >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
@@ -62,14 +65,26 @@ class MixedDimension(CompressedTables):
         self,
         tables: Sequence[EmbeddingBagConfig],
         *,
-        num_parameters: int,
+        num_parameters: int | None = None,
+        widths: Mapping[str, int] | None = None,
         temperature: float = 0.3,
         rounding: str = "nearest",
     ) -> None:
-        dim = tables[0].embedding_dim
-        self.widths = choose_widths(
-            [table.num_embeddings for table in tables], dim, num_parameters, temperature=temperature, rounding=rounding
-        )
+        if (num_parameters is None) == (widths is None):
+            raise ValueError(
+                f"MixedDimension: give a budget (num_parameters) or widths, one of them; "
+                f"got num_parameters={num_parameters}, widths={widths}"
+            )
+        if num_parameters is not None:
+            self.widths = choose_widths(
+                [table.num_embeddings for table in tables],
+                tables[0].embedding_dim,
+                num_parameters,
+                temperature=temperature,
+                rounding=rounding,
+            )
+        else:
+            self.widths = [_given_width(table, widths or {}) for table in tables]
         parts = [_Part(tables, self.widths, width) for width in sorted(set(self.widths))]
         super().__init__(tables, [[part.physical_table()] for part in parts])
         self.parts = nn.ModuleList(parts)
@@ -235,7 +250,7 @@ def choose_widths(
         raise ValueError(f"temperature must be in [0, 1], got {temperature}")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {rounding!r}")
-    widths = [1, 2, *range(4, dim + 1, 4)]
+    widths = storable_widths(dim)
     if rounding == "power_of_two":
         widths = [width for width in widths if width & (width - 1) == 0 or width == dim]
     # The scale at which the rule first rounds a table's width up to each next one. Tables grow in this order, whatever
@@ -246,16 +261,31 @@ def choose_widths(
         for low, high in itertools.pairwise(widths)
     )
     chosen = [widths[0]] * len(num_embeddings)
-    total = sum(_floats(size, widths[0], dim) for size in num_embeddings)
+    total = sum(stored_floats(size, widths[0], dim) for size in num_embeddings)
     for _, size, index, width in steps:
-        total += _floats(size, width, dim) - _floats(size, chosen[index], dim)
+        total += stored_floats(size, width, dim) - stored_floats(size, chosen[index], dim)
         if total > num_parameters:
             break
         chosen[index] = width
     return [
-        dim if _floats(size, width, dim) == size * dim else width
+        dim if stored_floats(size, width, dim) == size * dim else width
         for size, width in zip(num_embeddings, chosen, strict=True)
     ]
+
+
+def _given_width(table: EmbeddingBagConfig, widths: Mapping[str, int]) -> int:
+    """The table's, or all of its dim where projecting would not make it smaller."""
+    dim, width = table.embedding_dim, widths.get(table.name)
+    if width not in storable_widths(dim):
+        raise ValueError(
+            f"table {table.name!r}: width must be one of {storable_widths(dim)}, got {width} of tables {list(widths)}"
+        )
+    return dim if stored_floats(table.num_embeddings, width, dim) == table.num_embeddings * dim else width
+
+
+def storable_widths(dim: int) -> list[int]:
+    """1, 2, 4, 8, 12, ..., dim."""
+    return [1, 2, *range(4, dim + 1, 4)]
 
 
 def _boundary(low: int, high: int, rounding: str) -> float:
@@ -263,7 +293,7 @@ def _boundary(low: int, high: int, rounding: str) -> float:
     return math.sqrt(low * high) if rounding == "power_of_two" else (low + high) / 2
 
 
-def _floats(num_embeddings: int, width: int, dim: int) -> int:
+def stored_floats(num_embeddings: int, width: int, dim: int) -> int:
     """Floats of a table of this width, its matrix included; those of a full one where that is not less."""
     per_row = max(4 // width, 1)
     projected = -(-num_embeddings // per_row) * max(width, 4) + width * dim
