@@ -15,15 +15,18 @@ Shapes: N ids, B batch, F features, D embedding_dim, H hot rows = buckets of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
+from recemb.distinct import Distinct
 from recemb.hashing import mix, salt
+from recemb.hot_sketch import HotSketch
 from recemb.method import UNBOUNDED, CompressedTables, full_table_variance
 from recemb.stacked import (
     HashedRows,
@@ -40,127 +43,50 @@ from recemb.stacked import (
 from recemb.table_rows import read_rows, write_rows
 
 SCORES = ("gradient_norm", "frequency")
-_SLOTS = 4
-# Scores decay once this many times threshold * buckets has been inserted.
-_DECAY_AFTER = 10
 
 
-class HotSketch(nn.Module):
-    """Buckets of four slots (key, score, hot row or -1): which keys are hot, and which may become so.
+@dataclass(frozen=True)
+class _Observed:
+    """One batch as the sketch counts it.
 
     Args:
-        num_rows: H, hot rows and buckets.
-        key_dtype: int32 or int64; keys are at least 0.
-        threshold: score from which a key is hot.
-        decay: factor of all scores, once enough has been inserted.
+        bags: the N ids as they came.
+        scores: (N,) float32 score of each.
+        distinct: how ``ids`` were merged, None where they were not.
+        ids: the distinct ids, or ``bags``.
+        keys: (U,) int64 key of each of those.
     """
 
-    def __init__(self, num_rows: int, *, key_dtype: torch.dtype, threshold: float, decay: float) -> None:
-        super().__init__()
-        self.num_rows = num_rows
-        self.threshold = threshold
-        self.decay = decay
-        self.keys: Tensor
-        self.register_buffer("keys", torch.full((num_rows, _SLOTS), -1, dtype=key_dtype))
-        self.scores: Tensor
-        self.register_buffer("scores", torch.zeros(num_rows, _SLOTS))
-        self.hot_rows: Tensor
-        self.register_buffer("hot_rows", torch.full((num_rows, _SLOTS), -1, dtype=torch.int32))
-        self.inserted: Tensor
-        self.register_buffer("inserted", torch.zeros((), dtype=torch.float64))
-        self._used = torch.zeros(0, dtype=torch.bool)
-        self._used_of: tuple[int, int] | None = None
+    bags: Bags
+    scores: Tensor
+    distinct: Distinct | None
+    ids: Bags
+    keys: Tensor
 
-    @staticmethod
-    def bytes_per_row(key_dtype: torch.dtype) -> int:
-        """Bytes of one bucket, of which there is one a hot row."""
-        return _SLOTS * (key_dtype.itemsize + 4 + 4)
+    def totals(self) -> Tensor:
+        """(2, F) float64: number and sum of the scores of each feature."""
+        counts = self.bags.lengths.sum(dim=1)
+        if self.bags.single:
+            sums = self.scores.view(self.bags.batch_size, -1).sum(dim=0, dtype=torch.float64)
+        else:
+            sums = torch.segment_reduce(self.scores.double(), "sum", lengths=counts, initial=0)
+        return torch.stack([counts.double(), sums])
 
-    def find(self, keys: Tensor) -> Tensor:
-        """Hot row of every int64 key, -1 for cold and unknown ones; same shape."""
-        buckets = (keys % self.num_rows).view(-1)
-        known = self.keys.index_select(0, buckets) == keys.to(self.keys.dtype).view(-1, 1)
-        # At most one slot matches; rows count from 1 here, so that the sum is 0 where none does.
-        rows = (self.hot_rows.index_select(0, buckets) + 1).mul_(known)
-        # Column by column, which is several times as fast as a sum over so short a dimension.
-        row = (rows[:, 0] + rows[:, 1]).add_(rows[:, 2]).add_(rows[:, 3])
-        return row.to(torch.int64).sub_(1).view(keys.shape)
+    def features(self) -> Tensor:
+        """(U,) int64 feature of each id."""
+        features = features_of_ids(self.ids)
+        if features is None:
+            features = torch.arange(self.ids.num_features, device=self.keys.device).repeat(self.ids.batch_size)
+        return features
 
-    def insert(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Count a batch.
-
-        Args:
-            keys: (U,) int64, distinct and ascending.
-            values: (U,) float32, at least 0, added to the scores.
-
-        Returns:
-            Positions in ``keys`` of those that became hot, and their hot rows.
-        """
-        if float(self.inserted) > _DECAY_AFTER * self.num_rows * self.threshold:
-            self._decay()
-        self.inserted += values.sum()
-        buckets = keys % self.num_rows
-        matches = self.keys[buckets] == keys.to(self.keys.dtype).unsqueeze(1)
-        known = matches.any(dim=1)
-        slots = buckets * _SLOTS + matches.to(torch.uint8).argmax(dim=1)
-        positions = known.nonzero().view(-1)
-        scores = self.scores.view(-1)
-        scores[slots[positions]] += values[positions]
-        promoted, rows = self._promote(positions, slots[positions])
-        self._insert_unknown(keys[~known], values[~known], buckets[~known])
-        return promoted, rows
-
-    def _promote(self, positions: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        scores, hot_rows = self.scores.view(-1), self.hot_rows.view(-1)
-        ready = (scores[slots] >= self.threshold) & (hot_rows[slots] < 0)
-        positions, slots = positions[ready], slots[ready]
-        if len(slots) == 0:
-            return positions, slots
-        strongest = torch.sort(scores[slots], descending=True, stable=True).indices
-        rows = (~self._used_rows()).nonzero().view(-1)[: len(slots)]
-        chosen = strongest[: len(rows)]
-        hot_rows[slots[chosen]] = rows.to(torch.int32)
-        self._used[rows] = True
-        self._used_of = (id(self.hot_rows), self.hot_rows._version)
-        return positions[chosen], rows
-
-    def _insert_unknown(self, keys: Tensor, values: Tensor, buckets: Tensor) -> None:
-        if len(keys) == 0:
-            return
-        order = torch.sort(values, descending=True, stable=True).indices
-        order = order[torch.sort(buckets[order], stable=True).indices]
-        keys, values, buckets = keys[order].to(self.keys.dtype), values[order], buckets[order]
-        _, group, counts = torch.unique_consecutive(buckets, return_inverse=True, return_counts=True)
-        rank = torch.arange(len(keys), device=keys.device) - (counts.cumsum(0) - counts)[group]
-        # Slots fill from the first to the last, and are never emptied.
-        slot = (self.keys[buckets] >= 0).sum(dim=1) + rank
-        fits = slot < _SLOTS
-        self.keys[buckets[fits], slot[fits]] = keys[fits]
-        self.scores[buckets[fits], slot[fits]] = values[fits]
-        keys, values, buckets = keys[~fits], values[~fits], buckets[~fits]
-        if len(keys) == 0:
-            return
-        full, counts = torch.unique_consecutive(buckets, return_counts=True)
-        strongest = keys[counts.cumsum(0) - counts]
-        total = torch.segment_reduce(values, "sum", lengths=counts)
-        cold = torch.where(self.hot_rows[full] < 0, self.scores[full], torch.inf)
-        lowest, victim = cold.min(dim=1)
-        open_ = lowest < torch.inf
-        full, victim = full[open_], victim[open_]
-        self.keys[full, victim] = strongest[open_]
-        self.scores[full, victim] += total[open_]
-
-    def _decay(self) -> None:
-        self.scores *= self.decay
-        self.hot_rows.masked_fill_(self.scores < self.threshold, -1)
-        self.inserted.zero_()
-
-    def _used_rows(self) -> Tensor:
-        """(H,) which hot rows are taken; follows from ``hot_rows``, and is kept until somebody else writes those."""
-        if self._used_of != (id(self.hot_rows), self.hot_rows._version):
-            self._used = torch.zeros(self.num_rows, dtype=torch.bool, device=self.hot_rows.device)
-            self._used[self.hot_rows[self.hot_rows >= 0].to(torch.int64)] = True
-        return self._used
+    def values(self, scale: Tensor | None) -> Tensor:
+        """(U,) float32: scores, times the (F,) scale of their features, summed by id."""
+        scores = self.scores
+        if scale is not None:
+            scores = (scores.view(self.bags.ids.shape) * self.bags.per_id(scale)).float().view(-1)
+        if self.distinct is None:
+            return scores
+        return torch.segment_reduce(scores[self.distinct.order], "sum", lengths=self.distinct.counts, unsafe=True)
 
 
 class Cafe(CompressedTables):
@@ -196,6 +122,7 @@ class Cafe(CompressedTables):
 
     budget_knob: ClassVar[str | None] = "num_embeddings"
     supports_unbounded: ClassVar[bool] = True
+    merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -236,17 +163,23 @@ class Cafe(CompressedTables):
         self.register_buffer("key_constants", per_feature(tables, starts))
         self._is_sketched: Tensor
         self.register_buffer("_is_sketched", per_feature(tables, [int(not full) for full in is_full]), persistent=False)
-        self._observed: tuple[Tensor, Tensor, Tensor] | None = None
+        self._observed: _Observed | None = None
 
     def embed(self, bags: Bags) -> Tensor:
-        features = features_of_ids(bags)
-        slots = self._rows(bags.ids, features)
+        merged = self._distinct_ids.merge(bags) if self._distinct_ids is not None else None
+        distinct, chosen = merged or (None, bags)
+        features = features_of_ids(chosen)
+        slots = self._rows(chosen.ids, features)
+        keys = slots[:0]
         if self.sketch is not None:
-            hot = self.sketch.find(self._keys(bags.ids, features))
+            keys = self._keys(chosen.ids, features)
+            hot = self.sketch.find(keys)
             slots = torch.where(hot >= 0, hot + self._first_hot, slots)
         vectors = self.lookup_rows(0, [slots.view(-1)])[0]
+        if distinct is not None:
+            vectors = distinct.expand(vectors)
         if self.sketch is not None and self.training and torch.is_grad_enabled() and vectors.requires_grad:
-            vectors.register_hook(lambda gradient: self._observe(bags, gradient))
+            vectors.register_hook(lambda gradient: self._observe(bags, distinct, chosen, keys, gradient))
         return vectors
 
     def _keys(self, ids: Tensor, features: Tensor | None) -> Tensor:
@@ -256,49 +189,53 @@ class Cafe(CompressedTables):
         return ids + constants
 
     @torch.no_grad()
-    def _observe(self, bags: Bags, gradient: Tensor) -> None:
-        """Keep ids, features and scores of the batch until the step is done and rows have moved."""
-        features = features_of_ids(bags)
-        if features is None:
-            features = torch.arange(bags.num_features, device=bags.ids.device).expand(bags.ids.shape).reshape(-1)
+    def _observe(self, bags: Bags, distinct: Distinct | None, chosen: Bags, keys: Tensor, gradient: Tensor) -> None:
+        """Keep ids and scores of the batch until the step is done and rows have moved."""
         if self._counts_gradients:
             scores = torch.linalg.vector_norm(gradient.float(), dim=1)
         else:
             scores = torch.ones(len(gradient), device=gradient.device)
-        self._observed = (bags.ids.view(-1), features, scores)
+        self._observed = _Observed(bags, scores, distinct, chosen, keys.view(-1))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Count the batch, give hot rows to ids that have become hot and take them from those that are no more."""
         if self.sketch is None:
             return
-        nothing = self.key_constants[:0]
-        ids, features, scores = self._observed or (nothing, nothing, nothing.float())
-        self._observed = None
-        sketched = self._is_sketched[features] > 0
-        ids, features, scores = ids[sketched], features[sketched], scores[sketched]
+        observed, self._observed = self._observed, None
         num_features = len(self._is_sketched)
-        counts = torch.bincount(features, minlength=num_features).double()
-        sums = torch.zeros_like(counts).index_add_(0, features, scores.double())
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        totals = torch.zeros(2, num_features, dtype=torch.float64, device=self._is_sketched.device)
+        if observed is not None:
+            totals = observed.totals()
+        over_ranks = dist.is_initialized() and dist.get_world_size() > 1
+        if over_ranks:
             # The sums are those of each rank on every rank, so that all ranks round alike.
-            totals = _gather(torch.stack([counts, sums]).unsqueeze(0)).sum(dim=0)
-            (counts, sums), gathered = totals, _gather(torch.stack([ids, features], dim=1))
-            (ids, features), scores = gathered.unbind(dim=1), _gather(scores)
-        if len(ids) == 0:
+            totals = _gather(totals.unsqueeze(0)).sum(dim=0)
+        counts, sums = totals
+        # A feature's scores average 1, whatever the scale of the loss.
+        scale = torch.where(sums > 0, counts / sums, torch.zeros_like(sums)) if self._counts_gradients else None
+        nothing = self.key_constants[:0]
+        keys, ids, features, values = nothing, nothing, nothing, nothing.float()
+        if observed is not None:
+            features = observed.features()
+            sketched = (self._is_sketched.index_select(0, features) > 0).nonzero().view(-1)
+            columns = (observed.keys, observed.ids.ids.reshape(-1), features, observed.values(scale))
+            keys, ids, features, values = (column.index_select(0, sketched) for column in columns)
+        if over_ranks:
+            keys, ids, features = _gather(torch.stack([keys, ids, features], dim=1)).unbind(dim=1)
+            values = _gather(values)
+        if len(keys) == 0:
             return
-        if self._counts_gradients:
-            # A feature's scores average 1, whatever the scale of the loss.
-            scale = torch.where(sums > 0, counts / sums, torch.zeros_like(sums))
-            scores = (scores * scale[features]).float()
-        keys, order = torch.sort(self._keys(ids, features), stable=True)
-        distinct, lengths = torch.unique_consecutive(keys, return_counts=True)
-        values = torch.segment_reduce(scores[order], "sum", lengths=lengths)
-        promoted, hot = self.sketch.insert(distinct, values)
+        if bool((keys.diff() <= 0).any()):
+            keys, order = torch.sort(keys, stable=True)
+            keys, lengths = torch.unique_consecutive(keys, return_counts=True)
+            values = torch.segment_reduce(values[order], "sum", lengths=lengths)
+            first = order[lengths.cumsum(0) - lengths]
+            ids, features = ids[first], features[first]
+        promoted, hot = self.sketch.insert(keys, values)
         if len(promoted):
             # Hot rows start as what their ids read until now.
-            first = order[(lengths.cumsum(0) - lengths)[promoted]]
-            hashed = self._rows(ids[first], features[first])
+            hashed = self._rows(ids[promoted], features[promoted])
             write_rows(self, 0, hot + self._first_hot, read_rows(self, 0, hashed))
 
     @torch.no_grad()
