@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from recemb.collection import CompressedEmbeddingBagCollection as CompressedEmbeddingBagCollection
     from recemb.collection import CompressedEmbeddingCollection as CompressedEmbeddingCollection
     from recemb.compression import compress_ as compress_
+    from recemb.conversion import convert as convert
     from recemb.memory import MemoryReport as MemoryReport
     from recemb.memory import estimate_memory as estimate_memory
     from recemb.memory import measure_memory as measure_memory
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from recemb.method import CompressedTables as CompressedTables
     from recemb.optimizers import EmbeddingOptimizer as EmbeddingOptimizer
     from recemb.preparation import prepare as prepare
+    from recemb.saved_model import load as load
+    from recemb.saved_model import save as save
 
 # Public name -> where it lives; loaded on first use, because torch and TorchRec take seconds to import.
 _HOMES = {
@@ -40,11 +43,14 @@ _HOMES = {
     "MemoryReport": "recemb.memory",
     "UNBOUNDED": "recemb.method",
     "compress_": "recemb.compression",
+    "convert": "recemb.conversion",
     "estimate_memory": "recemb.memory",
     "fit_to_budget": "recemb.budget",
+    "load": "recemb.saved_model",
     "measure_memory": "recemb.memory",
     "parse_budget": "recemb.budget",
     "prepare": "recemb.preparation",
+    "save": "recemb.saved_model",
 }
 __all__ = list(_HOMES)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +64,43 @@ class CompressedEmbeddingBagCollection(nn.Module):
         averaged = [table.name for table in tables if table.pooling == PoolingType.MEAN]
         if is_weighted and averaged:
             raise ValueError(f"tables {averaged}: per-id weights need sum pooling, got mean")
-        self._is_weighted = is_weighted
-        self._tables = list(tables)
         groups = make_groups(tables, method, full_below_rows)
         for group in groups if is_weighted else []:
             group.expect_weights()
+        self._hold(tables, groups, is_weighted, check_ids)
+
+    @classmethod
+    def of_groups(
+        cls,
+        tables: Sequence[EmbeddingBagConfig],
+        groups: Sequence[CompressedTables],
+        *,
+        is_weighted: bool = False,
+        check_ids: bool = True,
+    ) -> Self:
+        """A collection of groups that exist already, which hold exactly ``tables``: how saved models are put together.
+
+        Raises:
+            ValueError: as the constructor, and groups of other tables.
+        """
+        check_tables(tables)
+        _check_groups(tables, groups)
+        for group in groups if is_weighted else []:
+            group.expect_weights()
+        collection = cls.__new__(cls)
+        nn.Module.__init__(collection)
+        collection._hold(tables, groups, is_weighted, check_ids)
+        return collection
+
+    def _hold(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        groups: Sequence[CompressedTables],
+        is_weighted: bool,
+        check_ids: bool,
+    ) -> None:
+        self._is_weighted = is_weighted
+        self._tables = list(tables)
         self.groups = nn.ModuleList(groups)
         self._group_features = [group.feature_names for group in groups]
         self._feature_names = [name for table in tables for name in table.feature_names]
@@ -82,6 +114,10 @@ class CompressedEmbeddingBagCollection(nn.Module):
     def is_weighted(self) -> bool:
         """Whether ids come with weights."""
         return self._is_weighted
+
+    def checks_ids(self) -> bool:
+        """Whether ids outside [0, num_embeddings) are refused with an error that names them."""
+        return self._ids is not None
 
     @property
     def device(self) -> torch.device:
@@ -145,26 +181,41 @@ class CompressedEmbeddingCollection(nn.Module):
         check_ids: bool = True,
     ) -> None:
         super().__init__()
-        self._tables = list(tables)
-        bags = [
-            EmbeddingBagConfig(
-                name=table.name,
-                num_embeddings=table.num_embeddings,
-                embedding_dim=table.embedding_dim,
-                feature_names=table.feature_names,
-            )
-            for table in tables
-        ]
+        bags = _as_bags(tables)
         check_tables(bags)
-        groups = make_groups(bags, method, full_below_rows, unpooled=True)
+        self._hold(tables, make_groups(bags, method, full_below_rows, unpooled=True), check_ids)
+
+    @classmethod
+    def of_groups(
+        cls, tables: Sequence[EmbeddingConfig], groups: Sequence[CompressedTables], *, check_ids: bool = True
+    ) -> Self:
+        """A collection of groups that exist already, which hold exactly ``tables``: how saved models are put together.
+
+        Raises:
+            ValueError: as the constructor, and groups of other tables.
+        """
+        bags = _as_bags(tables)
+        check_tables(bags)
+        _check_groups(bags, groups)
+        collection = cls.__new__(cls)
+        nn.Module.__init__(collection)
+        collection._hold(tables, groups, check_ids)
+        return collection
+
+    def _hold(self, tables: Sequence[EmbeddingConfig], groups: Sequence[CompressedTables], check_ids: bool) -> None:
+        self._tables = list(tables)
         self.groups = nn.ModuleList(groups)
         self._group_features = [group.feature_names for group in groups]
         self._feature_names = [name for table in tables for name in table.feature_names]
-        self._ids = IdChecks(bags) if check_ids else None
+        self._ids = IdChecks(_as_bags(tables)) if check_ids else None
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The logical tables, as given."""
         return self._tables
+
+    def checks_ids(self) -> bool:
+        """Whether ids outside [0, num_embeddings) are refused with an error that names them."""
+        return self._ids is not None
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Feature -> JaggedTensor of values (ids of the feature, embedding_dim) with the lengths of ``features``.
@@ -184,6 +235,26 @@ class CompressedEmbeddingCollection(nn.Module):
                 bags = part[name]
                 output[name] = JaggedTensor(values, lengths=bags.lengths(), offsets=bags.offsets())
         return {name: output[name] for name in self._feature_names}
+
+
+def _as_bags(tables: Sequence[EmbeddingConfig]) -> list[EmbeddingBagConfig]:
+    """What methods are built for, whether their collection pools or not."""
+    return [
+        EmbeddingBagConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=table.feature_names,
+        )
+        for table in tables
+    ]
+
+
+def _check_groups(tables: Sequence[EmbeddingBagConfig], groups: Sequence[CompressedTables]) -> None:
+    wanted = {table.name: table.feature_names for table in tables}
+    held = {table.name: table.feature_names for group in groups for table in group.tables}
+    if held != wanted or sum(len(group.tables) for group in groups) != len(tables):
+        raise ValueError(f"groups must hold each of tables {wanted} once, got {held}")
 
 
 def make_groups(

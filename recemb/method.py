@@ -25,6 +25,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from recemb.arguments import remember_arguments
 from recemb.bags import Bags
 from recemb.distinct import DistinctIds
 from recemb.plan import CompressionPlan
@@ -93,6 +94,12 @@ class CompressedTables(nn.Module):
         is_mean = [table.pooling == PoolingType.MEAN for table in tables for _ in table.feature_names]
         self._is_mean: Tensor | None
         self.register_buffer("_is_mean", torch.tensor(is_mean) if any(is_mean) else None, persistent=False)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # A saved model says of every group what it was built with.
+        if "__init__" in cls.__dict__:
+            cls.__init__ = remember_arguments(cls.__dict__["__init__"])  # type: ignore[method-assign]
 
     def remap(self, bags: Bags) -> list[list[Tensor]]:
         """Ids -> slots: for each group of ``lookups``, for each of its tables, (N,) int64 in ``bags.ids`` order."""

@@ -88,6 +88,10 @@ class PackedSizes:
     num_vectors: int
     num_tables: int
 
+    def __post_init__(self) -> None:
+        # From a file they are lists.
+        object.__setattr__(self, "dense", tuple((columns, rows) for columns, rows in self.dense))
+
     def num_bytes(self) -> int:
         """Serving bytes, maps and everything included."""
         width = self.embedding_dim

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from recemb.arguments import remember_arguments
 from recemb.models.activations import ActivatedMLP, Activation
 from recemb.models.attention import ActivationUnit
 from recemb.models.histories import History, keep_latest
@@ -131,6 +132,7 @@ class DIN(nn.Module):
         >>> model = DIN(tables, num_dense=0, histories=[History("history", ("item_history",), ("item",))])
     """
 
+    @remember_arguments
     def __init__(
         self,
         embeddings: nn.Module,

@@ -17,6 +17,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from recemb.arguments import remember_arguments
 from recemb.models.layers import MLP, DotInteraction, LowRankCrossNet
 
 Interaction = Literal["dot", "dcnv2"]
@@ -150,6 +151,7 @@ class DLRM(nn.Module):
     Differs from the paper: the over MLP's last sigmoid is left to the loss, which is exact for large logits.
     """
 
+    @remember_arguments
     def __init__(
         self,
         embeddings: nn.Module,

@@ -1,0 +1,158 @@
+"""A model as JSON data: its class, what it was built with, and the tables inside, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
+
+from recemb.arguments import MODULE, TARGET, Unwritable, class_path, decode, import_class
+from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from recemb.method import CompressedTables
+
+Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
+_COLLECTIONS = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
+
+
+def collections_of(model: nn.Module) -> dict[str, Collection]:
+    """Path inside the model -> each of its collections."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, _COLLECTIONS)}
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What ``build`` needs to make ``model`` again, with other values.
+
+    Raises:
+        ValueError: a class that did not remember its arguments, or arguments that JSON cannot hold.
+    """
+    if isinstance(model, _COLLECTIONS):
+        return _describe_collection(model)
+    arguments = _arguments(model)
+    modules = {name: value[MODULE] for name, value in arguments.items() if isinstance(value, dict) and MODULE in value}
+    for name, attribute in modules.items():
+        module = getattr(model, attribute, None)
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"{type(model).__name__} must hold its argument {name!r} as an attribute of that name")
+        arguments[name] = {MODULE: describe(module)}
+    return {TARGET: class_path(type(model)), "arguments": arguments}
+
+
+def build(description: Mapping[str, Any]) -> nn.Module:
+    """The model of a description, with fresh values.
+
+    Raises:
+        ValueError: a class that cannot be imported or that is no module, or what its constructor refuses.
+    """
+    cls = import_class(description[TARGET])
+    if not issubclass(cls, nn.Module):
+        raise ValueError(f"{description[TARGET]} must be a torch.nn.Module")
+    if issubclass(cls, _COLLECTIONS):
+        return _build_collection(cls, description)
+    arguments = {
+        name: build(value[MODULE]) if isinstance(value, dict) and MODULE in value else decode(value)
+        for name, value in description["arguments"].items()
+    }
+    return cls(**arguments)
+
+
+def _describe_collection(collection: Collection) -> dict[str, Any]:
+    weighted = collection.is_weighted() if isinstance(collection, CompressedEmbeddingBagCollection) else False
+    tables: Sequence[BaseEmbeddingConfig] = (
+        collection.embedding_bag_configs()
+        if isinstance(collection, CompressedEmbeddingBagCollection)
+        else collection.embedding_configs()
+    )
+    groups = []
+    for group in cast(list[CompressedTables], list(collection.groups)):
+        arguments = _arguments(group)
+        del arguments["tables"]
+        names = [table.name for table in group.tables]
+        groups.append({TARGET: class_path(type(group)), "tables": names, "arguments": arguments})
+    return {
+        TARGET: class_path(type(collection)),
+        "tables": [_describe_table(table) for table in tables],
+        "groups": groups,
+        "checks_ids": collection.checks_ids(),
+        "is_weighted": weighted,
+    }
+
+
+def _build_collection(cls: type, description: Mapping[str, Any]) -> Collection:
+    pooled = issubclass(cls, CompressedEmbeddingBagCollection)
+    tables = {item["name"]: _build_table(item) for item in description["tables"]}
+    groups = []
+    for item in description["groups"]:
+        group_class = import_class(item[TARGET])
+        if not issubclass(group_class, CompressedTables):
+            raise ValueError(f"{item[TARGET]} must be a method of recemb")
+        arguments = {name: decode(value) for name, value in item["arguments"].items()}
+        groups.append(group_class([tables[name] for name in item["tables"]], **arguments))
+    if pooled:
+        return CompressedEmbeddingBagCollection.of_groups(
+            list(tables.values()),
+            groups,
+            is_weighted=description["is_weighted"],
+            check_ids=description["checks_ids"],
+        )
+    unpooled = [
+        EmbeddingConfig(
+            name=table.name,
+            num_embeddings=table.num_embeddings,
+            embedding_dim=table.embedding_dim,
+            feature_names=table.feature_names,
+        )
+        for table in tables.values()
+    ]
+    return CompressedEmbeddingCollection.of_groups(unpooled, groups, check_ids=description["checks_ids"])
+
+
+def _describe_table(table: BaseEmbeddingConfig) -> dict[str, Any]:
+    if table.data_type != DataType.FP32:
+        raise ValueError(f"table {table.name!r}: values must be float32, got {table.data_type}")
+    pooling = table.pooling.value if isinstance(table, EmbeddingBagConfig) else PoolingType.SUM.value
+    return {
+        "name": table.name,
+        "num_embeddings": table.num_embeddings,
+        "embedding_dim": table.embedding_dim,
+        "features": list(table.feature_names),
+        "pooling": pooling,
+    }
+
+
+def _build_table(item: Mapping[str, Any]) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(
+        name=item["name"],
+        num_embeddings=item["num_embeddings"],
+        embedding_dim=item["embedding_dim"],
+        feature_names=list(item["features"]),
+        pooling=PoolingType(item["pooling"]),
+    )
+
+
+def _arguments(module: nn.Module) -> dict[str, Any]:
+    """What a module was built with.
+
+    Raises:
+        ValueError: nobody remembered it, or JSON cannot hold it.
+    """
+    found = getattr(module, "remembered_arguments", None)
+    if found is None:
+        raise ValueError(
+            f"{type(module).__name__} must remember what it was built with to be saved: decorate its __init__ with "
+            "recemb.arguments.remember_arguments"
+        )
+    for name, value in found.items():
+        if isinstance(value, Unwritable) and name != "tables":
+            raise ValueError(
+                f"{type(module).__name__}: argument {name!r} cannot be saved ({value.reason}); if it is a form that "
+                "trains, save what recemb.convert makes of it"
+            )
+    return dict(found)
