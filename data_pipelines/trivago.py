@@ -7,9 +7,9 @@ Raw: ``train.csv`` as published (plain or .gz; its twelve columns are COLUMNS) o
 
 One row an impression of a click-out, ``clicked`` = 1 for the item that was clicked. (A click-out of an item that its
 list does not hold leaves rows of zeros; their number is in the manifest.) Features: ``item``, ``position`` in the list
-from 1, ``price_rank`` (1 + number of cheaper ones in the list), ``platform``, ``city``, ``device``, ``filters`` (a bag),
-``action`` (always the click-out that is asked for), ``price`` (number). ``item_history`` and ``action_history``: the
-items that the user, or with ``--history-of session`` the session, had to do with before, and how.
+from 1, ``price_rank`` (1 + number of cheaper ones in the list), ``platform``, ``city``, ``device``, ``filters`` (a
+bag), ``action`` (always the click-out that is asked for), ``price`` (number). ``item_history`` and ``action_history``:
+the items that the user, or with ``--history-of session`` the session, had to do with before, and how.
 
 Before: by (timestamp, step). Events of one second are in the order of their steps; those of equal second and step, the
 click-out itself among them, know nothing of each other.
@@ -120,8 +120,8 @@ def prepare(
         workers: threads; None: one a core.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, OSError: as ``pipeline.prepare_log``; ValueError with line or row
-            for an event that is not as published.
+        FileNotFoundError, FileExistsError, ValueError, OSError: as ``pipeline.prepare_log``; ValueError with line or
+            row for an event that is not as published.
     """
     check_max_history(max_history)
     split = split or SplitRule("time")
@@ -162,7 +162,6 @@ def _schema(max_history: int, min_count: int, group: Group, item_encoding: Encod
     plain = partial(CategoricalColumn, min_count=min_count)
     item_count = min_count if item_encoding == "vocabulary" else 1
     item = partial(CategoricalColumn, table="item", min_count=item_count, encoding=item_encoding)
-    history = {"kind": "sequence", "max_length": max_history}
     return LogSchema(
         label=LABEL,
         numeric=(NumericColumn("price"),),
@@ -170,8 +169,8 @@ def _schema(max_history: int, min_count: int, group: Group, item_encoding: Encod
             item("item"),
             *(plain(name) for name in ("position", "price_rank", *_CONTEXT, "action")),
             plain("filters", kind="list"),
-            item("item_history", **history),
-            plain("action_history", table="action", **history),
+            item("item_history", kind="sequence", max_length=max_history),
+            plain("action_history", kind="sequence", table="action", max_length=max_history),
         ),
         user=_GROUPS[group],
         time="timestamp",
