@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_configs import EmbeddingConfig as UnpooledTableConfig
 
@@ -23,6 +24,8 @@ from recemb.method import UNBOUNDED, Method, method_class
 from recemb.models.histories import History
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.row_decay import decay_rows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -218,11 +221,35 @@ def decay_by_train_counts(model: nn.Module, manifest: Manifest, strength: float)
     Raises:
         ValueError: a table without vocabulary, so nobody counted.
     """
-    counts = {
+    decay_rows(model, train_counts(manifest), strength)
+
+
+def with_train_counts(method: Method, manifest: Manifest) -> Method:
+    """``method``, with the train counts of a data set bound where it takes ``train_counts`` and nobody gave any.
+
+    Where not every table was counted it stays as it is, and a warning is logged.
+    """
+    bound = method.keywords if isinstance(method, functools.partial) else {}
+    if "train_counts" not in inspect.signature(method_class(method)).parameters or "train_counts" in bound:
+        return method
+    try:
+        counts = train_counts(manifest)
+    except ValueError as error:
+        logger.warning("%s does without train counts: %s", method_class(method).__name__, error)
+        return method
+    return functools.partial(method, train_counts=counts)
+
+
+def train_counts(manifest: Manifest) -> dict[str, Tensor]:
+    """Logical table name -> (num_embeddings,) int64, how often each id comes in the train split.
+
+    Raises:
+        ValueError: a table without vocabulary, so nobody counted.
+    """
+    return {
         f"t_{feature.table}": torch.from_numpy(manifest.train_counts(feature.name).to_numpy().copy())
         for feature in manifest.categorical
     }
-    decay_rows(model, counts, strength)
 
 
 def _check_fits(report: MemoryReport) -> None:

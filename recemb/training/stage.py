@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from recemb.assembly import ModelInputs, build_model
+from recemb.assembly import ModelInputs, build_model, with_train_counts
 from recemb.budget import parse_budget
 from recemb.carry_over import carry_over
 from recemb.checkpoint import load_model_tensors, load_state
@@ -181,20 +181,16 @@ class StageContext:
 
     def build(self, plan: Path | None = None) -> tuple[nn.Module, MemoryReport]:
         """A model on the CPU with fresh weights: of the configured method, or of the tables that ``plan`` asks for."""
-        method: Method = build_target(self.config.embedding.method)
+        method = with_train_counts(build_target(self.config.embedding.method), self.data.manifest)
         if plan is not None:
             method = method_class(method).from_plan(CompressionPlan.load(plan))
-        model, memory = build_model(
+        return build_model(
             self.config.embedding,
             self.config.model,
             self.inputs,
             build_target(self.config.optimizer.embedding),
             method=method,
         )
-        for group, budget in search_budgets(model, self.budget_bytes()):
-            if budget is not None:
-                group.aim_at(budget)
-        return model, memory
 
     def load(self, checkpoint: Path) -> nn.Module:
         """The model of a checkpoint on the CPU, whole, in eval mode."""
@@ -305,15 +301,6 @@ def search_budgets(model: nn.Module, budget: int | None) -> list[tuple[Compresse
         )
     sizes = [sum(table.num_embeddings * table.embedding_dim for table in group.tables) for group in searching]
     return [(group, left * size // sum(sizes)) for group, size in zip(searching, sizes, strict=True)]
-
-
-def converted(model: nn.Module) -> nn.Module:
-    """``model`` with every method in the form that serves, in place."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, CompressedTables):
-                module._modules[name] = child.convert()
-    return model
 
 
 def joined_plan(plans: Sequence[CompressionPlan]) -> CompressionPlan:
