@@ -234,7 +234,11 @@ def parse(cls: type[T], mapping: Any, where: str = "") -> T:
     prefix = f"{where}." if where else ""
     if unknown := [key for key in mapping if key not in names]:
         raise ValueError(f"config: nothing reads {prefix}{unknown[0]}; the keys of {where or 'the top'} are {names}")
-    required = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
     if missing := [name for name in required if name not in mapping]:
         raise ValueError(f"config: {prefix}{missing[0]} is missing")
     hints = typing.get_type_hints(cls)
