@@ -116,7 +116,10 @@ def prepare(
         )
         manifest = prepare_log(
             [source],
-            _schema(max_history, min_count, items.categories is not None, log.reviews.has_times),
+            dataclasses.replace(
+                _schema(max_history, min_count, items.categories is not None, log.reviews.has_times),
+                split=_SPLIT if split.kind == "given" else None,
+            ),
             folder,
             source_name="amazon",
             split=split,
@@ -144,7 +147,6 @@ def _schema(max_history: int, min_count: int, has_categories: bool, has_times: b
         categorical=(*(plain(name) for name in names), *(history(f"{name}_history", table=name) for name in names)),
         user="user",
         time="time" if has_times else None,
-        split=_SPLIT,
     )
 
 
