@@ -337,3 +337,14 @@ def test_full_tables_have_no_sketch() -> None:
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Cafe(small_tables(), **options)
+
+
+def test_small_tables_stay_full_and_out_of_the_sketch() -> None:
+    collection, cafe = build(full_below_rows=501, threshold=0.1)
+    shares = [int(count) for count in cafe._rows.own]
+    # Tables of 500 rows and of one; those of 4000 and 6000 hash theirs, the latter serving two features.
+    assert shares == [0, 0, 0, 500, 1]
+    vectors = collection(bags(KEYS, [[[i] for i in range(500)]] * 4 + [[[0]] * 500]))["site"]
+    assert len(torch.unique(vectors, dim=0)) == 500
+    step(collection, [[[1]], [[2]], [[2]], [[3]], [[0]]])
+    assert set(scores_of(cafe)) == {1, 4002}
