@@ -9,7 +9,7 @@ Every key: ``configs/evaluate.yaml``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ SHORT = {"data": "data.path", "user": "user_column", "label": "label_column", "s
 PATHS = ("checkpoint", "data.path", "predictions", "output")
 
 
-def spelled_out(arguments: Sequence[str]) -> list[str]:
+def spelled_out(
+    arguments: Sequence[str], *, short: Mapping[str, str] = SHORT, paths: Sequence[str] = PATHS
+) -> list[str]:
     """Short keys in full, and paths quoted: they may hold characters (``=``, ``,``) that mean something to Hydra."""
     result = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        key = SHORT.get(key, key) if equals else key
-        if key in PATHS and value not in ("", "null") and value[0] not in "'\"$":
+        key = short.get(key, key) if equals else key
+        if key in paths and value not in ("", "null") and value[0] not in "'\"$":
             value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
         result.append(f"{key}{equals}{value}")
     return result

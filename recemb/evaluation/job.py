@@ -198,7 +198,7 @@ def _from_model(settings: EvaluateConfig, load_model: ModelLoader) -> _Source:
         raise ValueError(f"{path}: the run does not say which data set it was trained on; give data=DIR")
     manifest = Manifest.load(root)
     manifest.verify()
-    _check_fits(model, manifest, path)
+    check_fits(model, manifest, path)
     user_column = settings.user_column or manifest.user
     extra = _extra_columns(manifest, split, user_column, settings.slices)
     loader = ParquetLoader(manifest, split, batch_size=settings.batch_size or DEFAULT_BATCH_SIZE, extra_columns=extra)
@@ -215,7 +215,7 @@ def _from_model(settings: EvaluateConfig, load_model: ModelLoader) -> _Source:
     return _Source(predictions, user_column, manifest.label, f"{Path(root).name}, {split} split", description)
 
 
-def _check_fits(model: Callable[..., torch.Tensor], manifest: Manifest, checkpoint: Path) -> None:
+def check_fits(model: Callable[..., torch.Tensor], manifest: Manifest, checkpoint: Path) -> None:
     """Features and numbers of ids must be the model's: an id of another vocabulary looks up a stranger's row."""
     from recemb.method import UNBOUNDED
 
