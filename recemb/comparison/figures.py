@@ -1,0 +1,142 @@
+"""Figures of a study that people look at. Built without pyplot: no display, no global state."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from recemb.comparison.summary import RunSummary
+
+# Distinct in print and for the colour-blind; markers tell the second round of colours from the first.
+_COLORS = ("#1f5fa8", "#d9772b", "#2e8b57", "#a03060", "#6a4fb3", "#8c6d1f", "#1b9e9e", "#c44e52", "#555b66", "#b58900")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_GRID = "#e8ebee"
+_FULL = "full"
+
+
+def auc_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> None:
+    """Test AUC against serving bytes: a line a method, bars of one standard deviation, full tables and optimum across.
+
+    Args:
+        runs: of the study; refused ones are left out.
+        path: the PNG file.
+        title: above all.
+    """
+    trained = [run for run in runs if run.refused is None]
+    figure, axes = _axes(title, "serving bytes of the tables (log scale)", "test AUC")
+    _lines(axes, trained, lambda run: (run.mean_auc, run.auc_spread))
+    for run in trained:
+        if run.method == _FULL:
+            axes.axhline(run.mean_auc, color="black", linewidth=1)
+            axes.axhspan(run.mean_auc - run.auc_spread, run.mean_auc + run.auc_spread, color="black", alpha=0.08)
+            axes.annotate(
+                "full tables", (0.01, run.mean_auc), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
+            )
+    best = next((run.best_possible_auc for run in trained if run.best_possible_auc is not None), None)
+    if best is not None:
+        axes.axhline(best, color="black", linewidth=1, linestyle="--")
+        axes.annotate("best possible", (0.01, best), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    _finish(figure, axes, path)
+
+
+def throughput_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> None:
+    """Training samples a second of CPU time against serving bytes, both logarithmic."""
+    trained = [run for run in runs if run.refused is None]
+    figure, axes = _axes(title, "serving bytes of the tables (log scale)", "training samples / CPU second (log scale)")
+    _lines(axes, trained, lambda run: (statistics.median(run.samples_per_cpu_second), 0.0), with_full=True)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _finish(figure, axes, path)
+
+
+def components_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> None:
+    """What the bytes of every run are made of (rows, maps and salts, dense layers), and what training adds."""
+    trained = [run for run in runs if run.refused is None and run.components]
+    figure = Figure(figsize=(8, 1.8 + 0.24 * len(trained)), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(trained))
+    parts = (
+        ("rows", [dict(run.components).get("table", 0) for run in trained], _COLORS[0]),
+        ("maps, codes, salts", [dict(run.components).get("index", 0) for run in trained], _COLORS[1]),
+        ("dense layers of the method", [dict(run.components).get("dense", 0) for run in trained], _COLORS[2]),
+        ("optimizer state, training only", [run.optimizer_bytes for run in trained], "#c9ced6"),
+    )
+    # As shares, because the runs' bytes differ by orders of magnitude.
+    left = [0.0] * len(trained)
+    for name, sizes, color in parts:
+        shares = [size / run.serving_bytes for size, run in zip(sizes, trained, strict=True)]
+        axes.barh(places, shares, left=left, color=color, label=name)
+        left = [before + share for before, share in zip(left, shares, strict=True)]
+    axes.set_yticks(places, [f"{run.name}  {_bytes(run.serving_bytes)}" for run in trained], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set(xlabel="share of the serving bytes; beyond 1: in training only", title=title)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y, title=title, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(color=_GRID)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _lines(
+    axes: Axes,
+    runs: Sequence[RunSummary],
+    value: Callable[[RunSummary], tuple[float, float]],
+    *,
+    with_full: bool = False,
+) -> None:
+    """One line a method through its runs, in the order of bytes."""
+    methods = list(dict.fromkeys(run.method for run in runs if with_full or run.method != _FULL))
+    for index, method in enumerate(methods):
+        points = sorted((run for run in runs if run.method == method), key=lambda run: run.serving_bytes)
+        values = [value(run) for run in points]
+        axes.errorbar(
+            [run.serving_bytes for run in points],
+            [mean for mean, _ in values],
+            yerr=[spread for _, spread in values],
+            color=_COLORS[index % len(_COLORS)],
+            marker=_MARKERS[index // len(_COLORS) % len(_MARKERS)],
+            markersize=5,
+            linewidth=1.2,
+            capsize=2,
+            label=method,
+        )
+
+
+def _finish(figure: Figure, axes: Axes, path: Path) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=130)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,118 @@
+"""Cells of a study -> one line a run: means over seeds, their spread, and the points that figures draw."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recemb.comparison.study import Study
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run over its seeds.
+
+    Args:
+        name: of the run.
+        method: of its tables.
+        budget: as asked for, None where none was.
+        refused: why it could not be trained, None where it was; everything below is then empty or zero.
+        setting: chosen on the validation split.
+        tuning_trials: trainings that chose it.
+        auc, logloss: of the test split, one a seed.
+        serving_bytes, full_bytes: of the tables; of full ones.
+        components: part of the tables (rows, maps, dense layers) -> bytes.
+        optimizer_bytes: of the tables, in training.
+        samples_per_cpu_second: of training, one a seed.
+        best_possible_auc: where the log's true probabilities are known.
+    """
+
+    name: str
+    method: str
+    budget: str | None
+    refused: str | None
+    setting: tuple[str, ...]
+    tuning_trials: int
+    auc: tuple[float, ...] = ()
+    logloss: tuple[float, ...] = ()
+    serving_bytes: int = 0
+    full_bytes: int = 0
+    components: tuple[tuple[str, int], ...] = ()
+    optimizer_bytes: int = 0
+    samples_per_cpu_second: tuple[float, ...] = ()
+    best_possible_auc: float | None = None
+
+    @property
+    def mean_auc(self) -> float:
+        return statistics.mean(self.auc)
+
+    @property
+    def auc_spread(self) -> float:
+        """Standard deviation over seeds; 0 for one seed."""
+        return statistics.stdev(self.auc) if len(self.auc) > 1 else 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.full_bytes / self.serving_bytes
+
+
+def summaries(study: Study) -> list[RunSummary]:
+    """Every run that has results, in the study's order."""
+    return [_summary(name, cells, study.best_setting(name)) for name, cells in study.cells()]
+
+
+def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str]) -> RunSummary:
+    first = cells[0]
+    chosen = dict(text.split("=", 1) for text in first["overrides"] if "=" in text)
+    method = chosen.get("embedding", name)
+    budget = chosen.get("embedding.budget")
+    if "refused" in first:
+        return RunSummary(name, method, budget, first["refused"], tuple(setting), first["tuning_trials"])
+    embedding = first["embedding"]
+    parts = [(part, embedding[f"{part}_bytes"]) for part in ("table", "index", "dense") if f"{part}_bytes" in embedding]
+    return RunSummary(
+        name=name,
+        method=method,
+        budget=budget,
+        refused=None,
+        setting=tuple(setting),
+        tuning_trials=first["tuning_trials"],
+        auc=tuple(cell["test"]["auc"] for cell in cells),
+        logloss=tuple(cell["test"]["logloss"] for cell in cells),
+        serving_bytes=embedding["bytes"],
+        full_bytes=embedding["full_bytes"],
+        components=tuple(parts),
+        optimizer_bytes=embedding["optimizer_bytes"],
+        samples_per_cpu_second=tuple(cell["train"]["samples_per_cpu_second"] for cell in cells),
+        best_possible_auc=(first["data"].get("optimum") or {}).get("auc"),
+    )
+
+
+def table(runs: Sequence[RunSummary]) -> str:
+    """The study as one Markdown table, refused runs included."""
+    tuned = any(run.setting for run in runs)
+    known = any(run.best_possible_auc is not None for run in runs)
+    columns = ["run", *(["setting chosen on validation"] if tuned else []), "test AUC", "test log loss"]
+    columns += [*(["best possible AUC"] if known else []), "bytes", "ratio", "samples/CPU s", "seeds"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for run in runs:
+        if run.refused is not None:
+            lines.append(f"| {run.name} | {run.refused} {'| ' * (len(columns) - 2)}|")
+            continue
+        settings = (text.split("=", 1) for text in run.setting)
+        chosen = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in settings) or "-"
+        values = [run.name, *([chosen] if tuned else []), spread(run.auc), spread(run.logloss)]
+        if known:
+            values.append("-" if run.best_possible_auc is None else f"{run.best_possible_auc:.4f}")
+        values += [f"{run.serving_bytes:,}", f"{run.ratio:.1f}x"]
+        values += [f"{statistics.median(run.samples_per_cpu_second):,.0f}", str(len(run.auc))]
+        lines.append(f"| {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = f"{statistics.mean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+from scipy import stats
+
+from recemb.comparison.recommendation import probability_better, recommend
+from recemb.comparison.report import reading
+from recemb.comparison.summary import RunSummary, table
+
+FIRST, SECOND = (0.771, 0.774, 0.7725), (0.7700, 0.7712, 0.7731, 0.7695)
+
+
+def run(name: str, size: int, auc: tuple[float, ...], budget: str | None = "10x", refused: str | None = None):
+    return RunSummary(
+        name=name,
+        method=name.split("-")[0],
+        budget=budget,
+        refused=refused,
+        setting=(),
+        tuning_trials=0,
+        auc=auc,
+        logloss=tuple(1 - value for value in auc),
+        serving_bytes=size,
+        full_bytes=1000,
+        samples_per_cpu_second=tuple(float(size) for _ in auc),
+    )
+
+
+RUNS = [
+    run("full", 1000, (0.799, 0.8, 0.801), budget=None),
+    run("unified-10x", 100, (0.79, 0.791, 0.792)),
+    run("hashing-10x", 90, (0.77, 0.771, 0.772)),
+    run("robe-10x", 99, (0.7895, 0.791, 0.7915)),
+    run("unified-100x", 10, (0.76, 0.761, 0.762), budget="100x"),
+    run("path-100x", 0, (), budget="100x", refused="budget of 10 bytes cannot be met"),
+]
+
+
+def test_probability_is_one_minus_the_p_value_of_welchs_test() -> None:
+    p_value = stats.ttest_ind(FIRST, SECOND, equal_var=False, alternative="greater").pvalue
+    assert probability_better(FIRST, SECOND) == pytest.approx(1 - p_value, rel=1e-12)
+    assert probability_better(SECOND, FIRST) == pytest.approx(p_value, rel=1e-12)
+
+
+def test_one_seed_says_nothing_and_equal_seeds_a_toss_up() -> None:
+    assert probability_better((0.9,), SECOND) == 0.5
+    assert probability_better((0.7, 0.7), (0.7, 0.7)) == 0.5
+    assert probability_better((0.8, 0.8), (0.7, 0.7)) == 1.0
+
+
+def test_the_best_method_that_fits_is_recommended_with_each_rival_once() -> None:
+    advice = recommend(RUNS, 100)
+    assert advice.best.name == "unified-10x"
+    assert [other.name for other, _ in advice.others] == ["robe-10x", "hashing-10x"]
+    assert advice.loss_to_full == pytest.approx(0.009)
+    assert "toss-up" in advice.text() and "100 bytes" in advice.text()
+    assert recommend(RUNS, 99).best.name == "robe-10x"
+    assert recommend(RUNS, 50).best.name == "unified-100x"
+    assert recommend(RUNS, 50).others == ()
+
+
+def test_a_budget_that_nothing_fits_names_the_smallest_run() -> None:
+    with pytest.raises(ValueError, match="no run of the study fits 9 bytes; the smallest is unified-100x, 10 bytes"):
+        recommend(RUNS, 9)
+
+
+def test_the_reading_names_leader_ties_cliffs_and_what_was_refused() -> None:
+    text = reading(RUNS)
+    assert "Full tables (1,000 bytes) reach a test AUC of 0.8000" in text
+    assert "At 10x unified leads with 0.7910 (-0.0090 against full tables), not told apart at 95% from robe." in text
+    assert "hashing from 10x" in text and "unified from 100x" in text and "robe from" not in text
+    assert text.endswith("Out of reach: path-100x.")
+
+
+def test_the_table_has_every_run_also_those_refused() -> None:
+    lines = table(RUNS).splitlines()
+    assert len(lines) == 2 + len(RUNS)
+    assert lines[3] == "| unified-10x | 0.7910 ± 0.0010 | 0.2090 ± 0.0010 | 100 | 10.0x | 100 | 3 |"
+    assert lines[-1].startswith("| path-100x | budget of 10 bytes cannot be met |")
+    assert len({line.count("|") for line in lines}) == 1
