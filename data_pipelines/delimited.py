@@ -58,6 +58,13 @@ class DelimitedFile:
         elif len(cells) != len(self.columns):
             raise ValueError(f"{self.path}: line 1: {self._wrong_width(len(cells), len(self.columns))}")
 
+    def names(self) -> list[str]:
+        """The names of its columns, as the header has them where there is one."""
+        if not self.header:
+            return list(self.columns)
+        with self._open() as stream:
+            return self._read_header(stream)
+
     def batches(self) -> Iterator[LazyBatch]:
         """Its rows in order: whole lines, parsed when called."""
         with self._open() as stream:
