@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 
-from recemb.assembly import ModelInputs, TableInput, build_model, sized_method
+from recemb.assembly import ModelInputs, TableInput, build_model, sized_method, with_train_counts
 from recemb.config import EmbeddingConfig
 from recemb.data.manifest import CategoricalFeature, Manifest, NumericFeature
 from recemb.method import UNBOUNDED
+from recemb.methods.dnis import Dnis
+from recemb.methods.full import Full
 from recemb.optimizers import EmbeddingOptimizer
 
 HEAD = {
@@ -92,3 +98,37 @@ def test_tables_larger_than_the_memory_are_refused_before_they_are_built(monkeyp
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
     with pytest.raises(MemoryError, match=r"the tables need 272,000 bytes .*100,000 are available"):
         build_model(embedding("full.Full"), HEAD, INPUTS, EmbeddingOptimizer())
+
+
+def counted(folder: Path, counts: dict[str, list[int]]) -> Manifest:
+    """A manifest whose vocabulary files say how often each id comes in the train split."""
+    (folder / "vocabulary").mkdir()
+    features = []
+    for name, own in counts.items():
+        path = f"vocabulary/{name}.parquet"
+        content = {"value": [None, *map(str, range(1, len(own)))], "train_count": own}
+        pq.write_table(pa.table(content), folder / path)
+        features.append(CategoricalFeature(name, len(own), vocabulary=path))
+    return Manifest(folder, "parquet", "label", (), tuple(features), splits={})
+
+
+def test_methods_that_take_train_counts_get_those_of_the_vocabulary(tmp_path):
+    data = counted(tmp_path, {"C1": [5, 90, 7], "C2": [1, 30]})
+    method = with_train_counts(partial(Dnis, block_shares=[0.4, 0.6]), data)
+    group = method(ModelInputs.of(data).logical_tables(8))
+    # The two of 90 and 30 rows, out of vocabulary or not, are the frequent ones.
+    assert group.blocks.tolist() == [1, 0, 1, 1, 0]
+    own = {"t_C1": torch.tensor([9, 1, 1]), "t_C2": torch.tensor([9, 1])}
+    group = with_train_counts(partial(Dnis, block_shares=[0.4, 0.6], train_counts=own), data)(group.tables)
+    assert group.blocks.tolist() == [0, 1, 1, 0, 1]
+
+
+def test_methods_without_need_of_train_counts_stay_as_they_are(tmp_path):
+    data = counted(tmp_path, {"C1": [5, 90, 7]})
+    assert with_train_counts(Full, data) is Full
+
+
+def test_tables_that_nobody_counted_leave_methods_without_counts(caplog):
+    method = partial(Dnis, block_shares=[1.0])
+    assert with_train_counts(method, manifest(CategoricalFeature("ad", 10))) is method
+    assert "Dnis does without train counts" in caplog.text and "feature 'ad' has no vocabulary" in caplog.text

@@ -173,3 +173,36 @@ def test_trained_tables_seed_their_best_approximation_of_low_rank() -> None:
 def test_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MixedDimension([table("a", 10)], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
+def test_widths_may_be_given(ids: list[list[list[int]]]) -> None:
+    method = partial(MixedDimension, widths={"t_site": 1, "t_ad": 4, "t_item": 2, "t_one": 4, "t_other": 3})
+    collection = CompressedEmbeddingBagCollection(small_tables(), method)
+    group = group_of(collection)
+    assert isinstance(group, MixedDimension)
+    # A projection would take more than the one row of the last table.
+    assert group.widths == [4, 2, 1, 8]
+    vectors = plain_vectors(group)
+
+    def vector(config: EmbeddingBagConfig, value: int) -> Tensor:
+        return vectors[config.name][value]
+
+    check_batch(collection, vector, ids)
+    estimate = estimate_memory(small_tables(), method)
+    stored = 4000 * 4 + 4 * 8 + 3000 * 4 + 2 * 8 + 125 * 4 + 8 + 8
+    assert estimate.serving_bytes - estimate.index_bytes == stored * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "a budget .num_parameters. or widths, one of them"),
+        ({"num_parameters": 10, "widths": {}}, "or widths, one of them"),
+        ({"widths": {"t_ad": 4}}, r"'t_item': width must be one of \[1, 2, 4, 8\], got None of tables \['t_ad'\]"),
+        ({"widths": {"t_ad": 3}}, r"'t_ad': width must be one of \[1, 2, 4, 8\], got 3"),
+    ],
+)
+def test_bad_widths_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MixedDimension(small_tables(), **options)  # type: ignore[arg-type]
