@@ -174,8 +174,8 @@ class CompressedTables(nn.Module):
 
         return functools.partial(Pruned, plan=plan)
 
-    def aim_at(self, budget_bytes: int) -> None:
-        """Told before training how many bytes the plan may take, for methods that prune as they train."""
+    def begin_training(self, total_steps: int, budget_bytes: int | None) -> None:
+        """Told before a stage how long it is and how many bytes the plan may take: for methods that prune meanwhile."""
 
     def search_figures(self) -> dict[str, float]:
         """How far a search is (rows kept, mean width), logged with every validation, on every rank alike."""

@@ -25,13 +25,13 @@ from recemb.training.candidates import CandidateScores
 from recemb.training.evolution import STATE_FILE, Candidate, Evolution, EvolutionSettings, EvolutionState
 from recemb.training.metrics_log import MetricsLog, NoLog, StepLog
 from recemb.training.stage import (
-    EVALUATION_BATCH_SIZE,
     StageContext,
     StageOutcome,
     joined_plan,
     plan_figures,
     search_budgets,
 )
+from recemb.training.validation import EVALUATION_BATCH_SIZE
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from recemb.assembly import ModelInputs
 from recemb.checkpoint import Checkpoints
 from recemb.config import TrainConfig, build_target
+from recemb.conversion import convert
 from recemb.data.manifest import Manifest
 from recemb.data.validation_halves import split_validation
 from recemb.evaluation.evaluator import Evaluation, evaluate_predictions
@@ -21,10 +23,11 @@ from recemb.files import write_json
 from recemb.memory import MemoryReport, measure_memory
 from recemb.ranks import Ranks
 from recemb.run_folder import RESULTS_FILE, RunFolder
+from recemb.saved_model import save
 from recemb.training.randomness import seed_everything
 from recemb.training.results import common_results, dense_parameters
 from recemb.training.search_report import write_search_report
-from recemb.training.stage import STAGE_FILE, Stage, StageContext, StageData, StageOutcome, converted
+from recemb.training.stage import STAGE_FILE, Stage, StageContext, StageData, StageOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +151,9 @@ class StagedRun:
         context = self._context(len(self.stages) - 1, outcomes)
         last = context.latest_weights()
         self._link_checkpoints(last)
-        model = converted(context.load(last)).to(self.device)
+        model = convert(context.load(last))
+        self._save(model)
+        model.to(self.device)
         embeddings = model.get_submodule("embeddings")
         memory = measure_memory(embeddings, build_target(self.config.optimizer.embedding))  # type: ignore[arg-type]
         user = self.data.manifest.user
@@ -168,6 +173,15 @@ class StagedRun:
             )
             write_json(self.folder.path / RESULTS_FILE, results)
         return self.ranks.share("results", results)
+
+    def _save(self, model: nn.Module) -> None:
+        """``RUN/model``, for ``recemb.load``."""
+        folder = self.folder.path / "model"
+        if self.ranks.is_first:
+            if folder.exists():
+                # Of a run that was killed before its results.
+                shutil.rmtree(folder)
+            save(model, folder, manifest=self.data.manifest)
 
     def _last_training(self, outcomes: Mapping[str, StageOutcome]) -> Path:
         trained = [index for index, outcome in enumerate(outcomes.values()) if "steps" in outcome.figures]

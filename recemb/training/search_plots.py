@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from recemb.plan import CompressionPlan
 from recemb.training.plots import format_bytes, save_figure
@@ -61,8 +61,8 @@ def bytes_plot(points: Mapping[str, Sequence[tuple[float, float]]], full_bytes: 
     axes.axvline(full_bytes, color=_LIGHT, linestyle="--", label="full tables")
     axes.set(xscale="log", xlabel="bytes of the tables (log scale)", ylabel="validation AUC")
     axes.set_title("Bytes against validation AUC over the search")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-    axes.xaxis.set_minor_formatter("")
     axes.legend(frameon=False)
     axes.grid(color="#e8ebee")
     save_figure(figure, path)

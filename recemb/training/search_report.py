@@ -44,19 +44,18 @@ def write_search_report(
 
 
 def search_points(root: Path, results: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Stage -> (bytes, validation AUC) of everything it validated whose bytes it knew."""
+    """Stage -> (bytes, AUC) of its outcome, and of everything it looked at whose bytes it logged."""
     points: dict[str, list[tuple[float, float]]] = {}
     for index, stage in enumerate(results["stages"]):
         found = [
-            (line.get("bytes", stage.get("bytes")), line["auc"])
+            (line["bytes"], line["auc"])
             for line in read_metrics(root / f"{index}-{stage['name']}")
-            if line["split"] in ("validation", "architecture") and "auc" in line
+            if "bytes" in line and "auc" in line
         ]
         if "validation" in stage and "bytes" in stage:
             found.append((stage["bytes"], stage["validation"]["auc"]))
-        known = [(size, auc) for size, auc in found if size is not None]
-        if known:
-            points[stage["name"]] = known
+        if found:
+            points[stage["name"]] = found
     return points
 
 

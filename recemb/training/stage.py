@@ -29,19 +29,17 @@ from recemb.collection import compressed_groups
 from recemb.config import TrainConfig, build_target
 from recemb.data.manifest import Manifest
 from recemb.data.parquet import ParquetLoader
-from recemb.evaluation import metrics
 from recemb.evaluation.predictions import Predictions, collect
 from recemb.memory import MemoryReport
 from recemb.memory.report import parameter_bytes
-from recemb.method import CompressedTables, Method, method_class
+from recemb.method import CompressedTables, method_class
 from recemb.optimizers import TrainingOptimizer
 from recemb.plan import CompressionPlan
-from recemb.preparation import prepare
 from recemb.ranks import Ranks
 from recemb.run_folder import build_described
+from recemb.training.training import prepare_as
+from recemb.training.validation import EVALUATION_BATCH_SIZE, validation_figures
 
-# Rows: large enough to keep a GPU busy, small enough that a batch's activations are some ten megabytes.
-EVALUATION_BATCH_SIZE = 16_384
 STAGE_FILE = "stage.json"
 PLAN_FOLDER = "plan"
 
@@ -220,15 +218,7 @@ class StageContext:
 
     def prepare(self, model: nn.Module) -> tuple[nn.Module, TrainingOptimizer]:
         """``model`` on its device, in fused kernels or spread over the ranks, and its optimizer."""
-        trainer = self.config.trainer
-        return prepare(
-            model,
-            build_target(self.config.optimizer.embedding),
-            build_target(self.config.optimizer.dense),
-            device=self.device,
-            placement=trainer.placement,
-            caching=trainer.caching,
-        )
+        return prepare_as(self.config, model, self.device)
 
     def loader(
         self, split: str, batch_size: int, *, shuffle: bool = False, extra_columns: Sequence[str] = ()
@@ -251,12 +241,10 @@ class StageContext:
         return collect(model, loader, device=self.device, in_lockstep=self.ranks.world_size > 1)
 
     def validate(self, model: nn.Module, split: str = "validation") -> dict[str, float]:
-        """AUC and log loss, equal on every rank."""
-        predictions = self.predict(model, split)
-        return {
-            "auc": metrics.auc(predictions.labels, predictions.scores),
-            "logloss": metrics.mean(predictions.losses()),
-        }
+        """AUC and log loss, and GAUC where users are known; equal on every rank."""
+        user = self.data.manifest.user
+        predictions = self.predict(model, split, [] if user is None else [user])
+        return validation_figures(predictions, user=user, stops_by=self.config.trainer.stopping.metric)
 
     def description(self, checkpoint_folder: Path, plan: Path | None) -> dict[str, Any]:
         """``run`` of a checkpoint's state: all that a model can be built from.

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from recemb.assembly import decay_by_train_counts
 from recemb.checkpoint import load_model_tensors
 from recemb.collection import compressed_groups
+from recemb.conversion import convert
 from recemb.memory.report import parameter_bytes
 from recemb.plan import CompressionPlan
 from recemb.run_folder import RunFolder
@@ -21,7 +23,6 @@ from recemb.training.stage import (
     Reset,
     StageContext,
     StageOutcome,
-    converted,
     joined_plan,
     plan_figures,
     search_budgets,
@@ -157,10 +158,13 @@ def _train(
     model, memory = context.build(plan)
     if folder.checkpoints.last is None:
         context.start(model, plan, stage.reset)
+    budgets = [budget for _, budget in search_budgets(model, context.budget_bytes())]
     sizes = {"bytes": memory.serving_bytes}
     if plan is not None:
         sizes = _of_plan(context, plan, model)
         logger.info("stage %s: %s", stage.name, _shown(sizes))
+    if strength := context.config.embedding.mini_batch_aware_decay:
+        decay_by_train_counts(model, context.data.manifest, strength)
     prepared, optimizer = context.prepare(model)
     groups = compressed_groups(prepared)
 
@@ -188,6 +192,9 @@ def _train(
         max_steps=stage.max_steps,
         stops_early=stage.stops_early,
     )
+    searching = [group for group in groups if group.searches]
+    for group, budget in zip(searching, budgets, strict=True):
+        group.begin_training(training.loop.settings.total_steps, budget)
     training.run()
     kept = folder.checkpoints.best if stage.keep == "best" else folder.checkpoints.last
     assert kept is not None, "every training ends with a validation"
@@ -207,7 +214,7 @@ def _train(
 
 def _of_plan(context: StageContext, plan: Path, model: nn.Module) -> dict[str, Any]:
     """Figures of a plan, with the bytes of the tables of ``model`` once converted."""
-    size = sum(parameter_bytes(group) for group in compressed_groups(converted(copy.deepcopy(model))))
+    size = sum(parameter_bytes(group) for group in compressed_groups(convert(copy.deepcopy(model))))
     return {**plan_figures(CompressionPlan.load(plan)), "bytes": size}
 
 

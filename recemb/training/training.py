@@ -11,8 +11,10 @@ from torch import nn
 
 from recemb.allocator import tune_allocators
 from recemb.checkpoint import load_state
-from recemb.config import TrainConfig
+from recemb.config import TrainConfig, build_target
 from recemb.data.parquet import ParquetLoader
+from recemb.optimizers import TrainingOptimizer
+from recemb.preparation import prepare
 from recemb.ranks import Ranks
 from recemb.run_folder import RunFolder
 from recemb.training.bilevel import Steps
@@ -163,3 +165,31 @@ def _total_steps(epochs: int, loader: ParquetLoader, folder: RunFolder) -> int:
         done = state["step"]
         loader.load_state_dict(state["loader"])
     return done + loader.batches_left + (epochs - 1 - loader.epoch) * len(loader)
+
+
+def prepare_as(config: TrainConfig, model: nn.Module, device: torch.device) -> tuple[nn.Module, TrainingOptimizer]:
+    """``recemb.prepare`` with the optimizers and the placement of a config; its dense layers compiled if it says so.
+
+    Raises:
+        ValueError: see ``recemb.prepare``; nothing to compile.
+    """
+    trainer = config.trainer
+    prepared, optimizer = prepare(
+        model,
+        build_target(config.optimizer.embedding),
+        build_target(config.optimizer.dense),
+        device=device,
+        placement=trainer.placement,
+        caching=trainer.caching,
+    )
+    if trainer.compile:
+        _compile_dense_part(prepared)
+    return prepared, optimizer
+
+
+def _compile_dense_part(model: nn.Module) -> None:
+    # Sharded models hold theirs as ``module``.
+    head = getattr(getattr(model, "module", model), "head", None)
+    if not isinstance(head, nn.Module):
+        raise ValueError(f"trainer.compile compiles model.head, and {type(model).__name__} has none; set it to false")
+    head.compile()

@@ -1,0 +1,199 @@
+"""Searches of several stages, from an encoded log to the converted model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import recemb
+from recemb.checkpoint import load_model_tensors
+from recemb.comparison.cells import composed
+from recemb.data.manifest import Manifest
+from recemb.data.parquet import ParquetLoader
+from recemb.evaluation import metrics
+from recemb.plan import CompressionPlan
+from recemb.run_folder import load_model
+from recemb.training.metrics_log import read_metrics
+from recemb.training.resume import config_to_train
+from recemb.training.run import train
+from tests.data.encoded import write_encoded
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+OVERRIDES = [
+    "data=parquet",
+    "embedding=magnitude",
+    "embedding.embedding_dim=8",
+    "trainer.batch_size=64",
+    "trainer.log_every_steps=10",
+    "trainer.validate_every_steps=25",
+    "trainer.checkpoint_every_steps=10",
+    "trainer.epochs=1",
+    "model.bottom_layers=[8,8]",
+    "model.over_layers=[8,1]",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("log") / "encoded"
+    write_encoded(root, rows=6000)
+    return root
+
+
+def config_of(data: Path, run: Path, *overrides: str) -> dict[str, Any]:
+    return composed([*OVERRIDES, f"data.path={data}", f"paths.run={run}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(config_of(data, run))
+    return run
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def without_clock(content: Any) -> Any:
+    """Results but for what a clock or a folder's name says."""
+    if isinstance(content, list):
+        return [without_clock(item) for item in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: without_clock(value)
+        for key, value in content.items()
+        if "second" not in key and key not in ("run", "git", "search")
+    }
+
+
+def test_all_stages_run_to_the_test_split_within_the_budget(finished: Path) -> None:
+    results = results_of(finished)
+    assert 0.6 < results["test"]["auc"] < 0.9
+    assert [stage["name"] for stage in results["stages"]] == ["train", "prune", "retrain"]
+    full = (20 + 100 + 1000) * 8 * 4
+    assert results["embedding"]["full_bytes"] == full
+    assert 0.95 * full / 10 < results["embedding"]["bytes"] <= full / 10
+    assert all(stage["seconds"] > 0 and stage["cpu_seconds"] > 0 for stage in results["stages"])
+    stages = results["stages"]
+    assert results["search"]["seconds"] == pytest.approx(stages[0]["seconds"] + stages[1]["seconds"])
+    assert results["search"]["trainings"] == pytest.approx(results["search"]["seconds"] / stages[2]["seconds"])
+    for name in ("search", "fields", "loss", "table_bytes", "reliability"):
+        assert (finished / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    report = (finished / "report.md").read_text()
+    assert "## Stages" in report and "| prune |" in report
+
+
+def test_dropped_values_stay_zero_and_the_others_start_from_the_weights_before_all_training(finished: Path) -> None:
+    plan = CompressionPlan.load(finished / "stages" / "1-prune" / "plan")
+    trained, _ = load_model(finished / "stages" / "0-train" / "checkpoints" / "best")
+    [group] = trained.embeddings.groups
+    values = torch.cat([part.abs() for part in group.stored_tables().values()])
+    kept = torch.cat([table.mask() for table in plan.tables.values()])
+    # One threshold over all tables.
+    assert values[kept].min() > values[~kept].max()
+    first = next(line for line in read_metrics(finished / "stages" / "2-retrain") if line["split"] == "train")
+    assert first["loss"] > 0.6, "rewound weights know nothing yet"
+
+
+def test_the_saved_model_is_the_converted_one_and_gives_the_test_metrics(finished: Path, data: Path) -> None:
+    results = results_of(finished)
+    served = recemb.load(finished / "model")
+    masked, _ = load_model(finished)
+    pairs = []
+    with torch.no_grad():
+        for batch in ParquetLoader(Manifest.load(data), "test", batch_size=300):
+            logits = served(batch.dense, batch.sparse)
+            assert torch.equal(logits, masked(batch.dense, batch.sparse))
+            pairs.append((batch.labels, logits))
+    labels, logits = (torch.cat(tensors).numpy() for tensors in zip(*pairs, strict=True))
+    assert metrics.auc(labels, logits) == pytest.approx(results["test"]["auc"], abs=1e-12)
+    size = (finished / "model" / "model.safetensors").stat().st_size
+    assert size > results["embedding"]["bytes"]
+
+
+def test_the_halves_of_the_validation_rows_are_disjoint_and_complete(finished: Path, data: Path) -> None:
+    import pyarrow.parquet as pq
+
+    root = finished / "stages" / "validation"
+    halves = [pq.read_table(root / f"{name}.parquet") for name in ("architecture", "validation")]
+    whole = pq.read_table(Manifest.load(data).files("validation")[0])
+    assert 0.4 < halves[0].num_rows / whole.num_rows < 0.6
+    rows = [str(row) for half in halves for row in half.to_pylist()]
+    assert sorted(rows) == sorted(str(row) for row in whole.to_pylist())
+
+
+def test_killed_with_signal_9_in_a_stage_and_resumed_it_ends_exactly_the_same(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recemb.train", *OVERRIDES, f"data.path={data}", "hydra.run.dir=run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    run = tmp_path / "run"
+    log = run / "stages" / "2-retrain" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    # Between two checkpoints of the last stage.
+    while not (log.exists() and '"step": 40,' in log.read_text()):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (run / "stages" / "2-retrain" / "stage.json").exists()
+    before = (run / "stages" / "0-train" / "stage.json").stat().st_mtime_ns
+    arguments = {"resume": str(run), "data": {"path": None, "synthetic": {"path": "log"}}, "paths": {}}
+    train(config_to_train(arguments, [f"resume={run}"]), continues=True)
+    assert (run / "stages" / "0-train" / "stage.json").stat().st_mtime_ns == before
+    assert without_clock(results_of(run)) == without_clock(results_of(finished))
+
+
+def test_one_stage_is_run_again_on_what_the_others_left(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run, symlinks=True)
+    arguments = {"resume": str(run), "stage": "prune", "data": {"path": None, "synthetic": {"path": "log"}}}
+    content = config_to_train({**arguments, "paths": {}}, [f"resume={run}", "+stage=prune"])
+    results = train(content, continues=True)
+    assert [stage["name"] for stage in results["stages"]] == ["train", "prune"]
+    assert not (run / "results.json").exists()
+    assert not (run / "stages" / "2-retrain").exists()
+    train({**content, "stage": None}, continues=True)
+    assert without_clock(results_of(run)) == without_clock(results_of(finished))
+
+
+def test_a_stage_needs_the_outcomes_of_those_before_it(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stage=retrain builds on stage 'train', which has not ended"):
+        train(config_of(data, tmp_path / "run", "+stage=retrain"))
+    with pytest.raises(ValueError, match="stage must be one of embedding.stages"):
+        train(config_of(data, tmp_path / "other", "+stage=evolution"))
+
+
+def test_without_stages_a_search_method_trains_as_any_other(data: Path, tmp_path: Path) -> None:
+    results = train(config_of(data, tmp_path / "run", "embedding.stages=[]"))
+    assert "stages" not in results
+    assert results["embedding"]["bytes"] > results["embedding"]["full_bytes"]
+
+
+def test_the_first_stage_begins_as_a_plain_training_of_the_seed_does(finished: Path, data: Path) -> None:
+    first, _ = load_model(finished / "stages" / "0-train" / "checkpoints" / "best")
+    load_model_tensors(finished / "stages" / "initial" / "step-00000000", first)
+    torch.manual_seed(0)
+    again, _ = load_model(finished / "stages" / "0-train" / "checkpoints" / "best")
+    rows = first.state_dict()["embeddings.groups.0.lookups.0.embedding_bags.magnitude.weight"]
+    assert rows[:20].abs().max() <= (1 / 20) ** 0.5 and rows[20:120].abs().max() <= (1 / 100) ** 0.5
+    assert not torch.equal(rows, again.state_dict()["embeddings.groups.0.lookups.0.embedding_bags.magnitude.weight"])
