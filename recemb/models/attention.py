@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from recemb.models.activations import ActivatedMLP, Activation
-from recemb.models.jagged import segment_softmax, segments_of, spread, weighted_sum
+from recemb.models.jagged import segment_softmax, segments_of, weighted_sum
+from recemb.models.pairs import pair_products
 
 
 class ActivationUnit(nn.Module):
@@ -77,9 +78,7 @@ class ActivationUnit(nn.Module):
         first = cast(nn.Linear, self.mlp[0])
         of_target, of_event, of_difference, of_product = first.weight.split(self.width, dim=1)
         once = torch.addmm(first.bias, targets_BD, (of_target + of_difference).t())
-        products = spread(targets_BD, segments, offsets) * events_ND
-        hidden = torch.addmm(spread(once, segments, offsets), events_ND, (of_event - of_difference).t())
-        hidden = torch.addmm(hidden, products, of_product.t())
+        hidden = pair_products(once, targets_BD, events_ND, of_event - of_difference, of_product, segments, offsets)
         for layer in list(self.mlp)[1:]:
             hidden = layer(hidden)
         # Under autocast the MLP gives bfloat16, the events float32.

@@ -28,14 +28,14 @@ class _Spread(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_ND: Tensor) -> tuple[Tensor, None, None]:
         (offsets,) = ctx.saved_tensors
-        return _segment_sum(gradient_ND, None, offsets), None, None
+        return sum_of_segments(gradient_ND, offsets), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_ND: Tensor, weights_N: Tensor, segments: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(values_ND, weights_N, segments)
-        return _segment_sum(values_ND, weights_N, offsets)
+        return sum_of_segments(values_ND, offsets, weights_N)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -82,7 +82,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_ND: Tensor, segments: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(segments)
-        return _segment_sum(values_ND, None, offsets)
+        return sum_of_segments(values_ND, offsets)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -102,7 +102,8 @@ def segment_softmax(scores_N: Tensor, segments: Tensor, offsets: Tensor) -> Tens
     return powers / spread(totals, segments, offsets).squeeze(1)
 
 
-def _segment_sum(values_ND: Tensor, weights_N: Tensor | None, offsets: Tensor) -> Tensor:
+def sum_of_segments(values_ND: Tensor, offsets: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """Sums of (N, D) rows by sample, each times its weight where given, for use inside functions: without gradient."""
     num_entries = values_ND.shape[0]
     if num_entries == 0:
         return values_ND.new_zeros(offsets.numel() - 1, values_ND.shape[1])
