@@ -7,7 +7,7 @@ The model
 ---------
 200 categories, each of 4 styles of 5 items. A user has four interests: categories (with shares .4, .25, .2, .15) and in
 each a preferred style. Past events, geometric in number with mean 50 and spread evenly over 30 days, are of an interest
-(7 in 10 in its preferred style) or, 2 in 10, of anything. Each user is shown 10 targets, half from the interests, half
+(7 in 10 in its preferred style) or, 2 in 10, of anything. Each user is shown 40 targets, half from the interests, half
 of anything. The history of a row is the latest ``max_history`` events strictly before it. With c of them in the
 target's category and s in its style besides,
 
@@ -21,7 +21,7 @@ Columns: ``item``, ``category``, ``device``; ``item_history``, ``category_histor
 ``true_probability``. The manifest's ``optimum`` has AUC and log loss of p on the test split, the newest tenth: about
 .83 and .46 (the parameters of every item are known to it, not to a model).
 
-Memory: a block of 2,000 users.
+Memory: a block of 1,000 users.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from recemb.data.manifest import TRUE_PROBABILITY, Manifest
 
 SOURCE = "synthetic behaviour"
 # Raised with every change of the model, so that an older log is never taken for one of today's.
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 BY_TIME = SplitRule(kind="time")
 
 
@@ -62,7 +62,7 @@ def prepare_behaviour(
 
     Args:
         out: its directory.
-        rows: of all splits together, 10 a user.
+        rows: of all splits together, 40 a user.
         seed: of every value.
         max_history: events of a history, the latest; the click depends on these alone.
         split: unless told otherwise the oldest 80% train, the newest 10% test.

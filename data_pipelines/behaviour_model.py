@@ -19,8 +19,8 @@ from data_pipelines.histories import entries, past
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
-BLOCK_USERS = 2_000
-ROWS_PER_USER = 10
+BLOCK_USERS = 1_000
+ROWS_PER_USER = 40
 # Past events of a user are geometric with this mean: most histories are short, and 1% are beyond 230 events.
 MEAN_EVENTS = 50.0
 LONGEST_PAST = 500

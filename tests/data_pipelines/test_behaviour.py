@@ -74,13 +74,13 @@ def test_histories_are_strictly_from_the_past_and_the_latest_are_kept(tmp_path: 
 
 
 def test_logs_are_equal_by_seed_and_begin_with_the_same_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(behaviour_model, "BLOCK_USERS", 100)
+    monkeypatch.setattr(behaviour_model, "BLOCK_USERS", 20)
     first = generate(tmp_path / "first.parquet", rows=2500)
     assert first.read_bytes() == generate(tmp_path / "again.parquet", rows=2500).read_bytes()
     assert pq.read_table(first).slice(0, 1500) == pq.read_table(generate(tmp_path / "short.parquet", rows=1500))
     assert pq.read_table(first) != pq.read_table(generate(tmp_path / "other.parquet", rows=2500, seed=1))
     users = pq.read_table(first)["user"].to_pylist()
-    assert users == [row // 10 for row in range(2500)]
+    assert users == [row // 40 for row in range(2500)]
 
 
 def test_a_log_is_reused_and_never_one_of_other_options(manifest: Manifest) -> None:
