@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.collection import CompressedEmbeddingBagCollection
+from recemb.data.batch import Batch
 from recemb.frequency_blocks import frequency_blocks
 from recemb.method import frozen_tables
 from recemb.methods.dnis import Dnis, SelectionOptimizer, most_that_fit, scale_rows
@@ -19,6 +22,7 @@ from recemb.methods.full import Full
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
 from recemb.pruned_bytes import plan_bytes
+from recemb.training.bilevel import ByTurns
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables
 from tests.gloo import run_ranks
 from tests.methods.plain import all_vectors, check_batch, group_of, rows_of
@@ -162,38 +166,62 @@ def test_negative_options_are_refused(option: str) -> None:
         Dnis(small_tables(), block_shares=[1.0], **{option: -1.0})  # type: ignore[arg-type]
 
 
-def _targets(num: int) -> Tensor:
-    return torch.randn(num, 5 * 8, generator=torch.Generator().manual_seed(1))
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = CompressedEmbeddingBagCollection(small_tables(), partial(Dnis, block_shares=SHARES))
+        self.head = nn.Linear(5 * 8, 1)
+
+    def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
+        return self.head(self.embeddings(sparse).values()).squeeze(1)
 
 
-def _two_steps(rank: int, world_size: int) -> dict[str, Tensor]:
-    """A weight step and an architecture step, on this rank's share of four samples."""
+class _Batches(list[Batch]):
+    """A loader of what it holds."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        pass
+
+
+def _search(rank: int, world_size: int) -> dict[str, Tensor]:
+    """Two turns of weights and selections, on this rank's share of four samples a batch."""
     torch.manual_seed(0)
-    collection = CompressedEmbeddingBagCollection(small_tables(), partial(Dnis, block_shares=SHARES))
-    model, optimizer = prepare(torch.nn.Sequential(collection), EmbeddingOptimizer("sgd", 0.1), SGD)
+    model, optimizer = prepare(_Model(), EmbeddingOptimizer("sgd", 0.1), SGD)
     share = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
-    ids = [[*feature, feature[0]][share] for feature in MULTI_HOT]
-    features, target = bags(KEYS, ids), _targets(4)[share]
-    optimizer.zero_grad()
-    ((model(features).values() - target) ** 2).mean().backward()
-    optimizer.step_weights(dense=False)
-    optimizer.zero_grad()
+    batches = [
+        Batch(torch.zeros(4 // world_size, 0), bags(KEYS, [feature[share] for feature in ids]), labels[share], {})
+        for ids, labels in (
+            ([[*feature, feature[0]] for feature in MULTI_HOT], torch.tensor([1.0, 0, 0, 1])),
+            ([[feature[1], *feature] for feature in SINGLE], torch.tensor([0.0, 1, 0, 1])),
+        )
+    ]
+    turns = ByTurns(_Batches(batches[::-1]), device=torch.device("cpu"), train_dense=False)
+    for step, batch in enumerate(batches, 1):
+        optimizer.zero_grad()
+        binary_cross_entropy_with_logits(model(batch.dense, batch.sparse), batch.labels).backward()
+        turns.step(optimizer)
+        turns.after_step(step, model, optimizer)
     [group] = [module for module in model.modules() if isinstance(module, Dnis)]
-    with frozen_tables(model):
-        penalty = group.penalty()
-        assert penalty is not None
-        (((model(features).values() - target) ** 2).mean() + penalty).backward()
-    optimizer.step_architecture()
-    return {"selection": group.selection.detach().clone(), **group.folded_tables()}
+    [head] = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return {"selection": group.selection.detach(), "head": head.weight.detach(), **group.stored_tables()}
 
 
 def _rank_steps(rank: int, folder: Path) -> None:
-    torch.save(_two_steps(rank, 2), folder / f"{rank}.pt")
+    torch.save(_search(rank, 2), folder / f"{rank}.pt")
 
 
 def test_two_ranks_search_as_one_process_does(tmp_path: Path) -> None:
     run_ranks(_rank_steps, tmp_path)
-    expected = _two_steps(0, 1)
+    expected = _search(0, 1)
+    torch.manual_seed(0)
+    fresh = _Model()
+    [group] = [module for module in fresh.modules() if isinstance(module, Dnis)]
+    assert torch.equal(expected["head"], fresh.head.weight), "dense layers wait while selections are searched"
+    assert all(not torch.equal(expected[name], rows) for name, rows in group.stored_tables().items())
+    assert float(expected["selection"].detach().min()) < 0.99
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for name, tensor in expected.items():
