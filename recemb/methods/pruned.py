@@ -95,10 +95,8 @@ class Pruned(CompressedTables):
             slots = torch.where(is_dropped, dropped_rows, slots)
             kept = kept.masked_fill(is_dropped.unsqueeze(1), 255)
         rows = self.lookup_rows(0, [slots])[0]
-        mask = self._bits.index_select(0, kept.view(-1).to(torch.int64)).view(len(kept), 8 * kept.shape[1])[
-            :, : self._width
-        ]
-        return rows.masked_fill(~mask, 0.0)
+        bits = self._bits.index_select(0, kept.view(-1).to(torch.int64)).view(len(kept), 8 * kept.shape[1])
+        return rows.masked_fill(~bits[:, : self._width], 0.0)
 
     def convert(self) -> PackedTables:
         """Packed tables on the CPU, with the rows trained so far.
