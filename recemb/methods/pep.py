@@ -11,8 +11,8 @@ Differs from the paper and its released code:
   decay of Adam moves them, all alike, about 1e-3 a step. Here sigmoid(s) starts at a small share of the rows' own
   standard deviation: the gradient of s is sigmoid(s) times that of the row (nearly), so a threshold starts with a
   hundredth of a row's gradient, and drops next to nothing before it has learnt anything.
-* Thresholds are trained by Adagrad, which has no memory of how small their first gradients were but their own, with
-  an eps that those exceed; eps 1e-8 would stop them.
+* Thresholds are trained by Adagrad, each by the scale of its own gradients, with an eps below the smallest of them;
+  the usual 1e-8 would stop them.
 * What pushes thresholds up is the decay of s towards 0, per sample, of the ids of the batch only (the released code
   decays all thresholds in every step).
 * The search ends with its steps, and the budget picks the largest of what is left; the released code saves a table
@@ -41,7 +41,7 @@ from recemb.stacked import first_rows, per_feature, seed_full_tables, stacked_ta
 from recemb.table_rows import read_stack
 
 GRANULARITIES = ("model", "column", "row", "value")
-# Gradients of thresholds start a hundred million times smaller than those of rows in a wide model; none is that small.
+# Gradients of fresh thresholds are those of rows (1e-6 or so in large batches) times sigmoid(s) (1e-5 or so).
 _EPS = 1e-16
 # Thresholds a row of their table where each row has one: fused kernels take four values at least.
 _PACKED = 4
@@ -58,8 +58,9 @@ class Pep(CompressedTables):
             paper's global, dimension-wise, feature-wise and feature-dimension-wise settings. The paper finds the last
             best; the last two lie in a second physical table beside the rows.
         start_fraction: sigmoid(s) to start with, as a fraction of the standard deviation of a table's rows.
-        learning_rate: of thresholds (Adagrad, so about the first step's change of s). From 0.01 at ``"value"`` to
-            0.1 in short runs.
+        learning_rate: of thresholds, by Adagrad: an id that comes t times moves its own by up to
+            ``2 * learning_rate * sqrt(t)``, and has some 5 to go from the start to where values are dropped. 1 where
+            frequent ids come some hundred times in a search, 0.1 where they come some ten thousand times.
         decay: lambda of ``lambda / 2 * s ** 2`` in the loss of a sample, for every id in it: how hard thresholds push
             up. Where gradients of a sample's vectors are about g, they come to rest at about ``decay * |s| / g``.
 
@@ -80,7 +81,7 @@ class Pep(CompressedTables):
         *,
         per: Literal["model", "column", "row", "value"] = "value",
         start_fraction: float = 0.01,
-        learning_rate: float = 0.05,
+        learning_rate: float = 0.1,
         decay: float = 1e-5,
     ) -> None:
         if per not in GRANULARITIES:
