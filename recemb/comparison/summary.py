@@ -27,6 +27,8 @@ class RunSummary:
         optimizer_bytes: of the tables, in training.
         samples_per_cpu_second: of training, one a seed.
         best_possible_auc: where the log's true probabilities are known.
+        search_cost: CPU time of a search before its last training, in trainings like that one; one a seed, empty for
+            methods that search nothing.
     """
 
     name: str
@@ -43,6 +45,7 @@ class RunSummary:
     optimizer_bytes: int = 0
     samples_per_cpu_second: tuple[float, ...] = ()
     best_possible_auc: float | None = None
+    search_cost: tuple[float, ...] = ()
 
     @property
     def mean_auc(self) -> float:
@@ -87,6 +90,7 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
         optimizer_bytes=embedding["optimizer_bytes"],
         samples_per_cpu_second=tuple(cell["train"]["samples_per_cpu_second"] for cell in cells),
         best_possible_auc=(first["data"].get("optimum") or {}).get("auc"),
+        search_cost=tuple(cell["search"]["cpu_trainings"] for cell in cells if "search" in cell),
     )
 
 
@@ -94,8 +98,10 @@ def table(runs: Sequence[RunSummary]) -> str:
     """The study as one Markdown table, refused runs included."""
     tuned = any(run.setting for run in runs)
     known = any(run.best_possible_auc is not None for run in runs)
+    searched = any(run.search_cost for run in runs)
     columns = ["run", *(["setting chosen on validation"] if tuned else []), "test AUC", "test log loss"]
-    columns += [*(["best possible AUC"] if known else []), "bytes", "ratio", "samples/CPU s", "seeds"]
+    columns += [*(["best possible AUC"] if known else []), "bytes", "ratio", "samples/CPU s"]
+    columns += [*(["search / training"] if searched else []), "seeds"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for run in runs:
         if run.refused is not None:
@@ -107,7 +113,10 @@ def table(runs: Sequence[RunSummary]) -> str:
         if known:
             values.append("-" if run.best_possible_auc is None else f"{run.best_possible_auc:.4f}")
         values += [f"{run.serving_bytes:,}", f"{run.ratio:.1f}x"]
-        values += [f"{statistics.median(run.samples_per_cpu_second):,.0f}", str(len(run.auc))]
+        values.append(f"{statistics.median(run.samples_per_cpu_second):,.0f}")
+        if searched:
+            values.append(f"{statistics.median(run.search_cost):.1f}" if run.search_cost else "-")
+        values.append(str(len(run.auc)))
         lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines)
 
