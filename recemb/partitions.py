@@ -50,6 +50,7 @@ def naive_partition(num_embeddings: int) -> Partitions:
     return Partitions((1,), (num_embeddings,))
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_partitions(
     family: str, num_embeddings: int, num_collisions: int, num_partitions: int, *, cost_ratio: float = 1.0
 ) -> Partitions:

@@ -13,7 +13,7 @@ Shapes: N ids, B batch, F features, D embedding_dim, k partitions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -32,6 +32,7 @@ from recemb.partitions import (
     known_partitions,
 )
 from recemb.products import gated_product
+from recemb.spending import spend
 from recemb.stacked import (
     FeatureGate,
     features_of_ids,
@@ -61,8 +62,11 @@ class Complementary(CompressedTables):
 
     Args:
         tables: the logical tables.
-        num_collisions: c, ids that may share a row of the first partition; what a byte budget turns. The paper reports
-            4 to 60. Each table takes the cheapest partitions with at most c collisions.
+        num_collisions: c, ids that may share a row of the first partition. The paper reports 4 to 60. Each table takes
+            the cheapest partitions with at most c collisions.
+        num_parameters: floats in all, instead of num_collisions; what a byte budget turns. All tables take the smallest
+            c that this pays, and some the next smaller ones, which uses up the rest (``recemb.spending``). A single
+            table has no sizes between those of two c: at 3x, nothing between a third and a quarter of it.
         family: ``"mixed_radix"`` or ``"chinese_remainder"`` (remainders of coprime divisors: neighbouring ids, which
             are equally frequent, share no row, where quotients are shared by c neighbours).
         num_partitions: k; 1 keeps full tables, more make them smaller at the same c.
@@ -73,8 +77,9 @@ class Complementary(CompressedTables):
             the model's bytes. Tables not named take ``family``.
 
     Raises:
-        ValueError: unknown family or operation, c or k below 1, an ``embedding_dim`` that ``"concat"`` cannot split,
-            classes of an unknown table, of another shape, or that do not tell two ids apart (named).
+        ValueError: both or neither of num_collisions and num_parameters, unknown family or operation, c or k below 1,
+            an ``embedding_dim`` that ``"concat"`` cannot split, classes of an unknown table, of another shape, or that
+            do not tell two ids apart (named).
 
     Example:
         >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
@@ -82,14 +87,15 @@ class Complementary(CompressedTables):
         Complementary(...)
     """
 
-    budget_knob: ClassVar[str | None] = "num_collisions"
+    budget_knob: ClassVar[str | None] = "num_parameters"
     merges_ids: ClassVar[bool] = True
 
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
         *,
-        num_collisions: int,
+        num_collisions: int | None = None,
+        num_parameters: int | None = None,
         family: str = "mixed_radix",
         num_partitions: int = 2,
         operation: str = "mult",
@@ -97,25 +103,38 @@ class Complementary(CompressedTables):
     ) -> None:
         if operation not in OPERATIONS:
             raise ValueError(f"operation must be one of {OPERATIONS}, got {operation!r}")
+        if (num_collisions is None) == (num_parameters is None):
+            raise ValueError(
+                f"Complementary: give num_collisions or a budget (num_parameters), one of them; "
+                f"got num_collisions={num_collisions}, num_parameters={num_parameters}"
+            )
         classes = dict(classes or {})
         _check_classes(tables, classes, num_partitions)
         width = _part_width(tables[0], num_partitions, operation)
         class_bytes = sum(dtype.itemsize for dtype in class_dtypes(classes))
-        self.partitions, self.is_full = [], []
-        for table in tables:
-            known = classes.get(table.name)
-            chosen = (
-                choose_partitions(family, table.num_embeddings, num_collisions, num_partitions)
-                if known is None
-                else known_partitions(known)
-            )
-            num_bytes = chosen.total_classes * width * 4 + (known is not None) * table.num_embeddings * class_bytes
-            is_full = (
-                # A first partition without collisions tells all ids apart alone.
-                chosen.sizes[0] >= table.num_embeddings or num_bytes >= table.num_embeddings * table.embedding_dim * 4
-            )
-            self.is_full.append(is_full)
-            self.partitions.append(_full(table, num_partitions, operation) if is_full else chosen)
+        given = {name: known_partitions(known) for name, known in classes.items()}
+
+        def partitions(table: EmbeddingBagConfig, collisions: int) -> Partitions | None:
+            """Of one table; None where it stays full."""
+            chosen = given.get(table.name)
+            num_bytes = 0 if chosen is None else table.num_embeddings * class_bytes
+            if chosen is None:
+                chosen = choose_partitions(family, table.num_embeddings, collisions, num_partitions)
+            num_bytes += chosen.total_classes * width * 4
+            # A first partition without collisions tells all ids apart alone.
+            is_full = chosen.sizes[0] >= table.num_embeddings or num_bytes >= table.num_embeddings * width_bytes
+            return None if is_full else chosen
+
+        width_bytes = tables[0].embedding_dim * 4
+        if num_collisions is not None:
+            chosen = [partitions(table, num_collisions) for table in tables]
+        else:
+            chosen = _within(num_parameters or 0, tables, partitions, width)
+        self.is_full = [part is None for part in chosen]
+        self.partitions = [
+            _full(table, num_partitions, operation) if part is None else part
+            for table, part in zip(tables, chosen, strict=True)
+        ]
         super().__init__(tables, self._physical_tables(tables, width, operation))
         kept = [table.name for table, is_full in zip(tables, self.is_full, strict=True) if not is_full]
         known_classes = {name: known for name, known in classes.items() if name in kept}
@@ -163,8 +182,7 @@ class Complementary(CompressedTables):
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
-        # With more than two partitions tables shrink beyond c = sqrt(n); each table stops at its own optimum.
-        return 1, max(table.num_embeddings for table in tables)
+        return 1, sum(table.num_embeddings * table.embedding_dim for table in tables)
 
     def _physical_tables(
         self, tables: Sequence[EmbeddingBagConfig], width: int, operation: str
@@ -185,6 +203,25 @@ class Complementary(CompressedTables):
             rows = [partitions.sizes[index] for partitions in self.partitions]
             stacks.append(stacked_table(f"partition_{index}", rows, width, variances))
         return [stacks] if concatenates else [[stack] for stack in stacks]
+
+
+def _within(
+    num_parameters: int,
+    tables: Sequence[EmbeddingBagConfig],
+    partitions: Callable[[EmbeddingBagConfig, int], Partitions | None],
+    width: int,
+) -> list[Partitions | None]:
+    """Partitions of every table whose rows have ``num_parameters`` floats at most, or the fewest they can."""
+    sizes = [table.num_embeddings for table in tables]
+    # With more than two partitions tables shrink beyond c = sqrt(n); each table stops at its own optimum.
+    most = max(sizes)
+
+    def cost(index: int, level: int) -> int:
+        chosen = partitions(tables[index], most - level)
+        return sizes[index] * tables[index].embedding_dim if chosen is None else chosen.total_classes * width
+
+    levels = spend(num_parameters, sizes, most, cost)
+    return [partitions(table, most - level) for table, level in zip(tables, levels, strict=True)]
 
 
 def _gated_sum(first: Tensor, others: Sequence[Tensor], gate: Tensor | None) -> Tensor:

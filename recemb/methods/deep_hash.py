@@ -26,12 +26,15 @@ from recemb.distinct import Distinct
 from recemb.hashing import mix, salt
 from recemb.method import UNBOUNDED, CompressedTables
 from recemb.ranks import differentiable_sum
+from recemb.spending import spend
 from recemb.stacked import first_rows, per_feature, stacked_table, start_variance
 
 ENCODINGS = ("uniform", "normal")
 # (rows, k) int64 hashes are made in pieces of this many values: 32 MB.
 _HASHES_AT_ONCE = 1 << 22
 _PROBE_IDS = 512
+# More than a decoder of 32,768 units, the largest that a budget makes where ids have no bound.
+_UNBOUNDED_FLOATS = 1 << 33
 
 
 class DeepHash(CompressedTables):
@@ -47,7 +50,10 @@ class DeepHash(CompressedTables):
 
     Args:
         tables: the logical tables; ids may be unbounded 64-bit hashes.
-        width: w, in units; what a byte budget turns. The paper uses 1,800 or so for its largest.
+        width: w, in units, of every decoder. The paper uses 1,800 or so for its largest.
+        num_parameters: floats of decoders (running statistics included) and full tables in all, instead of width; what
+            a byte budget turns. All decoders take the largest width that this pays, and some more, which uses up the
+            rest (``recemb.spending``).
         num_hashes: k; even where the encoding is normal. The paper's choice is 1,024.
         num_layers: L, at least 1; the paper uses 5. More layers at less width train slower.
         encoding: ``"uniform"`` in [-1, 1) or standard ``"normal"`` by Box-Muller; the paper finds them alike.
@@ -56,7 +62,8 @@ class DeepHash(CompressedTables):
             what merging saves.
 
     Raises:
-        ValueError: a width, number of hashes or of layers below 1, an odd number of normal hashes, an unknown encoding.
+        ValueError: both or neither of width and num_parameters, a width, number of hashes or of layers below 1,
+            an odd number of normal hashes, an unknown encoding.
 
     Example:
         >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
@@ -64,32 +71,46 @@ class DeepHash(CompressedTables):
         DeepHash(...)
     """
 
-    budget_knob: ClassVar[str | None] = "width"
+    budget_knob: ClassVar[str | None] = "num_parameters"
     supports_unbounded: ClassVar[bool] = True
 
     def __init__(
         self,
         tables: Sequence[EmbeddingBagConfig],
         *,
-        width: int,
+        width: int | None = None,
+        num_parameters: int | None = None,
         num_hashes: int = 1024,
         num_layers: int = 5,
         encoding: str = "uniform",
         shared: bool = False,
         merge_ids: bool = True,
     ) -> None:
+        if (width is None) == (num_parameters is None):
+            raise ValueError(
+                f"DeepHash: give width or a budget (num_parameters), one of them; "
+                f"got width={width}, num_parameters={num_parameters}"
+            )
         for name, value in (("width", width), ("num_hashes", num_hashes), ("num_layers", num_layers)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {ENCODINGS}, got {encoding!r}")
         if encoding == "normal" and num_hashes % 2:
             raise ValueError(f"num_hashes must be even where the encoding is normal (pairs), got {num_hashes}")
         dim = tables[0].embedding_dim
-        floats = _decoder_floats(num_hashes, width, num_layers, dim)
-        pays = [floats < table.num_embeddings * dim for table in tables]
-        if shared:
-            pays = [floats < sum(table.num_embeddings for table in tables) * dim] * len(tables)
+        # Tables of one decoder count as one.
+        ids = [table.num_embeddings for table in tables]
+        ids = [sum(ids)] if shared else ids
+        if width is not None:
+            widths = [width] * len(ids)
+        else:
+            widths = choose_decoder_widths(ids, dim, num_parameters or 0, num_hashes, num_layers)
+        pays = [
+            _decoder_floats(num_hashes, units, num_layers, dim) < size * dim
+            for size, units in zip(ids, widths, strict=True)
+        ] * (len(tables) if shared else 1)
+        widths = [units for units, yes in zip(widths, pays, strict=False) if yes]
         self.decoded = [table for table, yes in zip(tables, pays, strict=True) if yes]
         self.full = [table for table, yes in zip(tables, pays, strict=True) if not yes]
         sizes = [table.num_embeddings for table in self.full]
@@ -113,7 +134,8 @@ class DeepHash(CompressedTables):
         self.register_buffer("salts", torch.tensor([salt(table.name) for table in self.decoded], dtype=torch.int64))
         groups = [self.decoded] if shared and self.decoded else [[table] for table in self.decoded]
         self.decoders = nn.ModuleList(
-            _Decoder(num_hashes, width, num_layers, dim, self._start_deviation(group)) for group in groups
+            _Decoder(num_hashes, units, num_layers, dim, self._start_deviation(group))
+            for group, units in zip(groups, widths, strict=True)
         )
         # Nothing to calibrate where only sizes are asked for.
         for decoder in [] if self.hashes.is_meta else self.decoders:
@@ -180,9 +202,9 @@ class DeepHash(CompressedTables):
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
-        # A decoder of w units takes more than w * w floats with two layers, w * D with one: full tables by then.
         bounded = [table.num_embeddings for table in tables if table.num_embeddings < UNBOUNDED]
-        return 1, sum(bounded) + 1 if bounded else 1 << 15
+        full = sum(bounded) * tables[0].embedding_dim
+        return 1, full if len(bounded) == len(tables) else full + _UNBOUNDED_FLOATS
 
 
 class _Decoder(nn.Module):
@@ -252,6 +274,25 @@ class _BatchNorm(nn.Module):
         self.running_mean.copy_(values_UW.mean(dim=0))
         self.running_var.copy_(values_UW.var(dim=0))
         return (values_UW - self.running_mean) * (self.running_var + self.eps).rsqrt()
+
+
+def choose_decoder_widths(
+    ids: Sequence[int], dim: int, num_parameters: int, num_hashes: int, num_layers: int
+) -> list[int]:
+    """Units of the decoder of each table (or of all, as one of all their ids) that ``num_parameters`` floats pay.
+
+    Args:
+        ids: num_embeddings of the tables.
+        dim: embedding_dim.
+        num_parameters: floats in all; a table that its decoder would not make smaller counts as full.
+        num_hashes, num_layers: see ``DeepHash``.
+    """
+
+    def cost(index: int, level: int) -> int:
+        return min(_decoder_floats(num_hashes, level + 1, num_layers, dim), ids[index] * dim)
+
+    # A decoder of w units takes more than w floats: full tables by then.
+    return [level + 1 for level in spend(num_parameters, ids, num_parameters + 1, cost)]
 
 
 def _decoder_floats(num_hashes: int, width: int, num_layers: int, dim: int) -> int:

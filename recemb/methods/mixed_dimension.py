@@ -36,7 +36,8 @@ class MixedDimension(CompressedTables):
 
     ``d_t = lambda * num_embeddings_t ** -temperature``, rounded to a width that can be stored, in [1, D]; lambda is the
     largest for which the tables take no more than ``num_parameters`` floats (where tables would
-    round up together, smaller ones go first).
+    round up together, smaller ones go first). What is left then goes to the tables that would be next in line and are
+    small enough for it.
 
     Memory: ``num_embeddings_t * d_t + d_t * D`` floats a projected table, ``num_embeddings_t * D`` a full one.
 
@@ -261,12 +262,16 @@ def choose_widths(
         for low, high in itertools.pairwise(widths)
     )
     chosen = [widths[0]] * len(num_embeddings)
+    # A table too large for what is left keeps its width; smaller ones behind it use up the rest.
+    stopped: set[int] = set()
     total = sum(stored_floats(size, widths[0], dim) for size in num_embeddings)
     for _, size, index, width in steps:
-        total += stored_floats(size, width, dim) - stored_floats(size, chosen[index], dim)
-        if total > num_parameters:
-            break
-        chosen[index] = width
+        more = stored_floats(size, width, dim) - stored_floats(size, chosen[index], dim)
+        if index not in stopped and total + more <= num_parameters:
+            total += more
+            chosen[index] = width
+        else:
+            stopped.add(index)
     return [
         dim if stored_floats(size, width, dim) == size * dim else width
         for size, width in zip(num_embeddings, chosen, strict=True)

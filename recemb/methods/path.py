@@ -26,6 +26,7 @@ from recemb.bags import Bags
 from recemb.grouped_linear import grouped_linear, sort_by_group
 from recemb.method import CompressedTables, uniform_bound
 from recemb.partitions import choose_partitions
+from recemb.spending import spend
 from recemb.stacked import (
     at_features,
     features_of_ids,
@@ -46,11 +47,13 @@ class Path(CompressedTables):
 
     Args:
         tables: the logical tables.
-        num_collisions: c, ids that share a row; what a byte budget turns. The paper takes 4.
+        num_collisions: c, ids that share a row. The paper takes 4.
+        num_parameters: floats in all, maps included, instead of num_collisions; what a byte budget turns. All tables
+            take the smallest c that this pays, and some the next smaller ones, which uses up the rest.
         hidden_units: H, or None for linear maps. The paper tries 16 to 128; 64 is best there, and 128 worse than 16.
 
     Raises:
-        ValueError: num_collisions or hidden_units below 1.
+        ValueError: both or neither of num_collisions and num_parameters; one of them or hidden_units below 1.
 
     Example:
         >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
@@ -58,26 +61,49 @@ class Path(CompressedTables):
         Path(...)
     """
 
-    budget_knob: ClassVar[str | None] = "num_collisions"
+    budget_knob: ClassVar[str | None] = "num_parameters"
     merges_ids: ClassVar[bool] = True
 
     def __init__(
-        self, tables: Sequence[EmbeddingBagConfig], *, num_collisions: int, hidden_units: int | None = None
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        *,
+        num_collisions: int | None = None,
+        num_parameters: int | None = None,
+        hidden_units: int | None = None,
     ) -> None:
+        if (num_collisions is None) == (num_parameters is None):
+            raise ValueError(
+                f"Path: give num_collisions or a budget (num_parameters), one of them; "
+                f"got num_collisions={num_collisions}, num_parameters={num_parameters}"
+            )
         if hidden_units is not None and hidden_units < 1:
             raise ValueError(f"hidden_units must be at least 1, or None for linear maps, got {hidden_units}")
         width = tables[0].embedding_dim
         layers = [(width, width)] if hidden_units is None else [(width, hidden_units), (hidden_units, width)]
         map_values = sum(inputs * outputs + outputs for inputs, outputs in layers)
-        rows, self.num_collisions = [], []
-        for table in tables:
-            cheapest = choose_partitions(
-                "mixed_radix", table.num_embeddings, num_collisions, 2, cost_ratio=map_values / width
-            )
-            quotients, remainders = cheapest.sizes
-            shrinks = quotients * width + remainders * map_values < table.num_embeddings * width
-            rows.append(quotients if shrinks else table.num_embeddings)
-            self.num_collisions.append(remainders if shrinks else 1)
+        sizes = [table.num_embeddings for table in tables]
+
+        def rows_and_maps(size: int, collisions: int) -> tuple[int, int]:
+            """Of one table; a row an id and no map where it stays full."""
+            quotients, remainders = choose_partitions(
+                "mixed_radix", size, collisions, 2, cost_ratio=map_values / width
+            ).sizes
+            shrinks = quotients * width + remainders * map_values < size * width
+            return (quotients, remainders) if shrinks else (size, 0)
+
+        def cost(index: int, level: int) -> int:
+            rows, maps = rows_and_maps(sizes[index], most - level)
+            return rows * width + maps * map_values
+
+        most = math.isqrt(max(sizes)) + 1
+        if num_collisions is not None:
+            collisions = [num_collisions] * len(sizes)
+        else:
+            collisions = [most - level for level in spend(num_parameters or 0, sizes, most, cost)]
+        chosen = [rows_and_maps(size, count) for size, count in zip(sizes, collisions, strict=True)]
+        rows = [count for count, _ in chosen]
+        self.num_collisions = [max(maps, 1) for _, maps in chosen]
         super().__init__(tables, [[stacked_table("path_rows", rows, width, [start_variance(t) for t in tables])]])
         # What serving needs is saved, and counted in the model's bytes.
         self.divisors: Tensor
@@ -121,7 +147,7 @@ class Path(CompressedTables):
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
-        return 1, math.isqrt(max(table.num_embeddings for table in tables)) + 1
+        return 1, sum(table.num_embeddings * table.embedding_dim for table in tables)
 
     def _rows_and_maps(self, bags: Bags) -> tuple[Tensor, Tensor]:
         features = features_of_ids(bags)

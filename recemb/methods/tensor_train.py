@@ -3,12 +3,12 @@
 Reference: Yin et al., "TT-Rec: Tensor Train Compression for Deep Learning Recommendation Models", MLSys 2021,
 arXiv:2101.11714.
 
-Differs from the paper: one rank for both bonds and all tables; no cache of frequent rows beside the cores, but the
+Differs from the paper: the same ranks for all tables; no cache of frequent rows beside the cores, but the
 vector of an id is composed once a batch however often it comes; the scale of the sampled Gaussian counts the rank, so
 that vectors start with the variance of a full table at every rank.
 
-Shapes: N ids, U distinct ids of the batch, T tables, D = d1 * d2 * d3 embedding_dim, R rank, n_k rows of core k with
-n1 * n2 * n3 >= num_embeddings.
+Shapes: N ids, U distinct ids of the batch, T tables, D = d1 * d2 * d3 embedding_dim, R and S ranks, n_k rows of
+core k with n1 * n2 * n3 >= num_embeddings.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -33,23 +35,24 @@ _CUT = 2.0
 
 
 class TensorTrain(CompressedTables):
-    """Gives id ``i`` the product ``A[i1] B[i2] C[i3]`` of a (d1, R), an (R, d2 * R) and an (R, d3) matrix.
+    """Gives id ``i`` the product ``A[i1] B[i2] C[i3]`` of a (d1, R), an (R, d2 * S) and an (S, d3) matrix.
 
     ``i = (i1 * n2 + i2) * n3 + i3``, so every id has a triple of its own; ids share each of their matrices with others.
 
-    Memory: ``(n1 * d1 * R + n2 * d2 * R**2 + n3 * d3 * R) * 4`` bytes a table, rows rounded up to multiples of 4
+    Memory: ``(n1 * d1 * R + n2 * d2 * R * S + n3 * d3 * S) * 4`` bytes a table, rows rounded up to multiples of 4
     floats; a table stays full where that is not less. n_k are near the cube root of num_embeddings, d_k near that of
     embedding_dim with the smallest in the middle, where it counts most.
 
     Args:
         tables: the logical tables.
-        rank: R, one for all tables; what a byte budget turns. A step takes time in proportion to R**2: the paper uses
-            8 to 64.
+        rank: R = S. A step takes time in proportion to R * S: the paper uses 8 to 64.
+        num_parameters: floats of cores and full tables in all, instead of rank; what a byte budget turns. Among pairs
+            of nearly equal ranks R and S the one that comes nearest is taken.
         merge_ids: compose each distinct id of a batch once. False composes every id by itself, with the same result;
             for measuring what merging saves.
 
     Raises:
-        ValueError: a rank below 1.
+        ValueError: both or neither of rank and num_parameters, or one of them below 1.
 
     Example:
         >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
@@ -57,19 +60,33 @@ class TensorTrain(CompressedTables):
         TensorTrain(...)
     """
 
-    budget_knob: ClassVar[str | None] = "rank"
+    budget_knob: ClassVar[str | None] = "num_parameters"
 
-    def __init__(self, tables: Sequence[EmbeddingBagConfig], *, rank: int, merge_ids: bool = True) -> None:
-        if rank < 1:
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        *,
+        rank: int | None = None,
+        num_parameters: int | None = None,
+        merge_ids: bool = True,
+    ) -> None:
+        if (rank is None) == (num_parameters is None):
+            raise ValueError(
+                f"TensorTrain: give rank or a budget (num_parameters), one of them; "
+                f"got rank={rank}, num_parameters={num_parameters}"
+            )
+        if rank is not None and rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         dim = tables[0].embedding_dim
-        self.rank = rank
+        sizes = tuple(table.num_embeddings for table in tables)
+        self.ranks = (rank, rank) if rank is not None else choose_ranks(sizes, dim, num_parameters or 0)
         self.column_factors = factorise_columns(dim)
         d1, d2, d3 = self.column_factors
-        self.core_shapes = ((d1, rank), (rank, d2 * rank), (rank, d3))
+        first_rank, second_rank = self.ranks
+        self.core_shapes = ((d1, first_rank), (first_rank, d2 * second_rank), (second_rank, d3))
         row_factors = {table.name: factorise_rows(table.num_embeddings) for table in tables}
         pays = [
-            _core_floats(row_factors[table.name], self.column_factors, rank) < table.num_embeddings * dim
+            _core_floats(row_factors[table.name], self.column_factors, self.ranks) < table.num_embeddings * dim
             for table in tables
         ]
         self.decomposed = [table for table, yes in zip(tables, pays, strict=True) if yes]
@@ -101,8 +118,8 @@ class TensorTrain(CompressedTables):
     def _lookups(self, factors: Sequence[tuple[int, int, int]], dim: int) -> list[list[EmbeddingBagConfig]]:
         lookups = []
         for number, rows in enumerate(zip(*factors, strict=True)):
-            # An element is a sum of R * R products of three draws.
-            deviations = [(start_variance(table) / self.rank**2) ** (1 / 6) for table in self.decomposed]
+            # An element is a sum of R * S products of three draws.
+            deviations = [(start_variance(table) / math.prod(self.ranks)) ** (1 / 6) for table in self.decomposed]
             init = functools.partial(_fill_sampled_gaussian, list(zip(rows, deviations, strict=True)))
             width = _stored_width(math.prod(self.core_shapes[number]))
             lookups.append([physical_table(f"tensor_train__{number}", sum(rows), width, init)])
@@ -157,12 +174,12 @@ class TensorTrain(CompressedTables):
         first, second, third = (
             row[:, : shape[0] * shape[1]].reshape(-1, *shape) for row, shape in zip(rows, self.core_shapes, strict=True)
         )
-        left = pairs.expand(torch.bmm(first, second).flatten(1)).view(-1, d1 * d2, self.rank)
+        left = pairs.expand(torch.bmm(first, second).flatten(1)).view(-1, d1 * d2, self.ranks[1])
         return torch.bmm(left, third).flatten(1)
 
     @torch.no_grad()
     def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
-        """Every table: full ones exactly, the others by their tensor-train SVD of this rank."""
+        """Every table: full ones exactly, the others by their tensor-train SVD of these ranks."""
         weights = [
             self.get_parameter(f"lookups.{index}.embedding_bags.{group[0].name}.weight")
             for index, group in enumerate(self.physical_tables)
@@ -173,18 +190,14 @@ class TensorTrain(CompressedTables):
             start += table.num_embeddings
         for table, split in zip(self.decomposed, self.splits.tolist(), strict=True):
             rows = full_tables[table.name].to(weights[0].device, torch.float32)
-            cores = tensor_train_svd(rows, factorise_rows(table.num_embeddings), self.column_factors, self.rank)
+            cores = tensor_train_svd(rows, factorise_rows(table.num_embeddings), self.column_factors, self.ranks)
             for weight, first, core in zip(weights, split[4:], cores, strict=False):
                 weight[first : first + core.shape[0], : core.shape[1]].copy_(core)
         return [table.name for table in self.tables]
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
-        # From the rank on at which the middle core alone is as large as the table, all tables stay full.
-        dim = tables[0].embedding_dim
-        middle = factorise_columns(dim)[1]
-        sizes = [table.num_embeddings for table in tables]
-        return 1, max(math.isqrt(size * dim // (factorise_rows(size)[1] * middle)) + 1 for size in sizes)
+        return 1, sum(table.num_embeddings * table.embedding_dim for table in tables)
 
 
 def factorise_columns(dim: int) -> tuple[int, int, int]:
@@ -205,19 +218,61 @@ def factorise_rows(num_embeddings: int) -> tuple[int, int, int]:
     return -(-rest // n2), n2, n3
 
 
+def choose_ranks(sizes: tuple[int, ...], dim: int, num_parameters: int) -> tuple[int, int]:
+    """The ranks of two bonds, nearly equal, with which tables take the most floats up to ``num_parameters``.
+
+    Args:
+        sizes: num_embeddings of the tables.
+        dim: embedding_dim.
+        num_parameters: floats of cores and of the tables that they would not make smaller.
+    """
+    if num_parameters < 1:
+        raise ValueError(f"num_parameters must be at least 1 float, got {num_parameters}")
+    ranks, floats = _pairs_of_ranks(sizes, dim)
+    fits = floats <= num_parameters
+    # Of equal sizes the most equal ranks come first. Where even the least does not fit, it is the answer all the same.
+    best = int(np.argmax(np.where(fits, floats, -1))) if fits.any() else int(np.argmin(floats))
+    return int(ranks[best, 0]), int(ranks[best, 1])
+
+
+@functools.lru_cache(maxsize=16)
+def _pairs_of_ranks(sizes: tuple[int, ...], dim: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(P, 2) ranks that differ by a quarter and 2 at most, and (P,) floats that all tables take with them."""
+    d1, d2, d3 = factorise_columns(dim)
+    # From the rank on at which the middle core alone is as large as the table, all tables stay full.
+    largest = max(math.isqrt(size * dim // (factorise_rows(size)[1] * d2)) + 1 for size in sizes)
+    pairs = [
+        (first, second)
+        for first in range(1, largest + 1)
+        for second in range(max(1, first - 2 - first // 4), min(largest, first + 2 + first // 4) + 1)
+    ]
+    ranks = np.array(sorted(pairs, key=lambda pair: abs(pair[0] - pair[1])), dtype=np.int64)
+    first, second = ranks.T
+    widths = [-(-width // 4) * 4 for width in (d1 * first, first * d2 * second, second * d3)]
+    floats = np.zeros(len(ranks), np.int64)
+    for size in sizes:
+        cores = sum(rows * width for rows, width in zip(factorise_rows(size), widths, strict=True))
+        floats += np.minimum(cores, size * dim)
+    return ranks, floats
+
+
 def tensor_train_svd(
-    rows: Tensor, row_factors: tuple[int, int, int], column_factors: tuple[int, int, int], rank: int
+    rows: Tensor, row_factors: tuple[int, int, int], column_factors: tuple[int, int, int], ranks: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cores whose products approximate (n, D) ``rows``, exactly where the rank allows; each (n_k, floats)."""
+    """Cores whose products approximate (n, D) ``rows``, exactly where the ranks allow; each (n_k, floats)."""
     n1, n2, n3 = row_factors
     d1, d2, d3 = column_factors
     padded = torch.nn.functional.pad(rows, (0, 0, 0, n1 * n2 * n3 - rows.shape[0]))
     tensor = padded.view(n1, n2, n3, d1, d2, d3).permute(0, 3, 1, 4, 2, 5).reshape(n1 * d1, -1)
-    left = _leading(tensor @ tensor.T, rank)
+    left = _leading(tensor @ tensor.T, ranks[0])
     rest = (left.T @ tensor).reshape(-1, n3 * d3)
-    right = _leading(rest.T @ rest, rank)
-    middle = (rest @ right).reshape(rank, n2, d2, rank).permute(1, 0, 2, 3)
-    return left.reshape(n1, -1), middle.reshape(n2, -1), right.T.reshape(rank, n3, d3).permute(1, 0, 2).reshape(n3, -1)
+    right = _leading(rest.T @ rest, ranks[1])
+    middle = (rest @ right).reshape(ranks[0], n2, d2, ranks[1]).permute(1, 0, 2, 3)
+    return (
+        left.reshape(n1, -1),
+        middle.reshape(n2, -1),
+        right.T.reshape(ranks[1], n3, d3).permute(1, 0, 2).reshape(n3, -1),
+    )
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
@@ -231,9 +286,9 @@ def _stored_width(floats: int) -> int:
     return -(-floats // 4) * 4
 
 
-def _core_floats(row_factors: Sequence[int], column_factors: Sequence[int], rank: int) -> int:
+def _core_floats(row_factors: Sequence[int], column_factors: Sequence[int], ranks: Sequence[int]) -> int:
     d1, d2, d3 = column_factors
-    widths = (d1 * rank, rank * d2 * rank, rank * d3)
+    widths = (d1 * ranks[0], ranks[0] * d2 * ranks[1], ranks[1] * d3)
     return sum(rows * _stored_width(width) for rows, width in zip(row_factors, widths, strict=True))
 
 

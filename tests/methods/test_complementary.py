@@ -94,7 +94,6 @@ def test_sizes_follow_the_paper_s_formula(operation: str, width: int) -> None:
 @pytest.mark.parametrize("operation", ["mult", "concat"])
 @pytest.mark.parametrize("num_partitions", [2, 3])
 def test_bytes_fall_with_the_knob_and_never_exceed_full(family: str, operation: str, num_partitions: int) -> None:
-    low, high = Complementary.budget_range(small_tables(24))
     reports = [
         estimate_memory(
             small_tables(24),
@@ -106,7 +105,7 @@ def test_bytes_fall_with_the_knob_and_never_exceed_full(family: str, operation: 
                 num_partitions=num_partitions,
             ),
         )
-        for c in [*range(low, 100), 200, 1000, high]
+        for c in [*range(1, 100), 200, 1000, 6000]
     ]
     sizes = [report.serving_bytes for report in reports]
     assert sizes == sorted(sizes, reverse=True)

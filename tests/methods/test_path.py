@@ -60,10 +60,9 @@ def test_sizes_follow_the_formula() -> None:
 
 @pytest.mark.parametrize("hidden_units", [None, 32])
 def test_bytes_fall_with_the_knob_and_never_exceed_full(hidden_units: int | None) -> None:
-    low, high = Path.budget_range(small_tables())
     reports = [
         estimate_memory(small_tables(), partial(Path, num_collisions=c, hidden_units=hidden_units))
-        for c in range(low, high + 1)
+        for c in range(1, 79)
     ]
     sizes = [report.serving_bytes for report in reports]
     assert sizes == sorted(sizes, reverse=True)

@@ -38,29 +38,39 @@ def plain_vector(method: TensorTrain, name: str, value: int) -> Tensor:
     _, n2, n3 = sizes
     indices = (value // (n2 * n3), value // n3 % n2, value % n3)
     d1, d2, d3 = method.column_factors
-    rank = method.rank
+    first_rank, second_rank = method.ranks
     a, b, c = (rows_of(method, k)[firsts[k] + indices[k]].tolist() for k in range(3))
     vector = []
     for p in range(d1):
         for q in range(d2):
             for t in range(d3):
                 total = 0.0
-                for r in range(rank):
-                    for s in range(rank):
-                        total += a[p * rank + r] * b[(r * d2 + q) * rank + s] * c[s * d3 + t]
+                for r in range(first_rank):
+                    for s in range(second_rank):
+                        total += a[p * first_rank + r] * b[(r * d2 + q) * second_rank + s] * c[s * d3 + t]
                 vector.append(total)
     return torch.tensor(vector)
 
 
 @pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
-@pytest.mark.parametrize("rank", [1, 3, 8, 20, 200])
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        *(({"rank": rank}, (rank, rank)) for rank in (1, 3, 8, 20, 200)),
+        # Whose nearest ranks differ.
+        ({"num_parameters": 15_000}, None),
+    ],
+)
 @pytest.mark.parametrize("merge_ids", [True, False])
-def test_vectors_equal_a_plain_sum_over_ranks(ids: list[list[list[int]]], rank: int, merge_ids: bool) -> None:
-    method = partial(TensorTrain, rank=rank, merge_ids=merge_ids)
+def test_vectors_equal_a_plain_sum_over_ranks(
+    ids: list[list[list[int]]], options: dict[str, int], ranks: tuple[int, int] | None, merge_ids: bool
+) -> None:
+    method = partial(TensorTrain, merge_ids=merge_ids, **options)
     collection = CompressedEmbeddingBagCollection(small_tables(), method)
     group = group_of(collection)
     assert isinstance(group, TensorTrain)
-    assert bool(group.decomposed) is (rank < 200)
+    assert group.ranks == ranks if ranks is not None else group.ranks[0] != group.ranks[1]
+    assert bool(group.decomposed) is (ranks != (200, 200))
 
     def vector(config: EmbeddingBagConfig, value: int) -> Tensor:
         return plain_vector(group, config.name, value)
@@ -124,8 +134,7 @@ def test_tables_that_cores_would_not_shrink_stay_full() -> None:
         "tensor_train__2": (n3, 16),
         "tensor_train__full": (50, 8),
     }
-    _, largest = TensorTrain.budget_range(tables)
-    assert estimate_memory(tables, partial(TensorTrain, rank=largest)).table_bytes == 100_050 * 32
+    assert estimate_memory(tables, partial(TensorTrain, rank=200)).table_bytes == 100_050 * 32
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
@@ -145,8 +154,15 @@ def test_svd_recovers_a_table_of_low_rank_and_trained_tables_seed_it() -> None:
     full = EmbeddingBagCollection(tables=[table("a", 1000), table("b", 10)])
     cores = (torch.randn(10, 2, 3), torch.randn(10, 3, 2, 3), torch.randn(10, 3, 2))
     rows = torch.einsum("apr,brqs,cst->abcpqt", *cores).reshape(1000, 8)
-    first, second, third = tensor_train_svd(rows, (10, 10, 10), (2, 2, 2), 5)
+    first, second, third = tensor_train_svd(rows, (10, 10, 10), (2, 2, 2), (5, 5))
     assert (first.shape, second.shape, third.shape) == ((10, 10), (10, 50), (10, 10))
+    # The table has ranks 3 and 3.
+    cores = tensor_train_svd(rows, (10, 10, 10), (2, 2, 2), (4, 3))
+    assert [core.shape for core in cores] == [(10, 8), (10, 24), (10, 6)]
+    factors = cores[0].view(10, 2, 4), cores[1].view(10, 4, 2, 3), cores[2].view(10, 3, 2)
+    torch.testing.assert_close(
+        torch.einsum("apr,brqs,cst->abcpqt", *factors).reshape(1000, 8), rows, rtol=1e-3, atol=1e-3
+    )
     with torch.no_grad():
         full.embedding_bags["t_a"].weight.copy_(rows)
     small = full.embedding_bags["t_b"].weight.detach().clone()
@@ -157,5 +173,9 @@ def test_svd_recovers_a_table_of_low_rank_and_trained_tables_seed_it() -> None:
 
 
 def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"give rank or a budget .*, one of them; got rank=4, num_parameters=9"):
+        TensorTrain([table("a", 10)], rank=4, num_parameters=9)
+    with pytest.raises(ValueError, match="num_parameters must be at least 1 float, got 0"):
+        TensorTrain([table("a", 10)], num_parameters=0)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         TensorTrain([table("a", 10)], rank=0)
