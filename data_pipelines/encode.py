@@ -165,6 +165,9 @@ class ChunkEncoder:
             encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
             # A missing value's index is -1, which picks the last entry.
             hashes = hash_values(pa.concat_arrays([encoded.dictionary, pa.nulls(1, encoded.dictionary.type)]))
+            if feature.num_embeddings is not None:
+                hashes %= feature.num_embeddings
+                hashes = hashes.astype(np.int32 if feature.num_embeddings <= 2**31 else np.int64)
             return hashes[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
         assert feature.num_embeddings is not None
         in_range = pc.and_(pc.greater_equal(values, 0), pc.less(values, feature.num_embeddings)).fill_null(False)

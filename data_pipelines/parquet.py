@@ -12,7 +12,7 @@ A schema, with everything that may stand in it:
       - site
       - {name: item, min_count: 5}
       - {name: tags, kind: list, max_length: 20}            # a list column: a bag of values
-      - {name: campaign, encoding: hash}
+      - {name: campaign, encoding: hash}                    # num_embeddings: 100_000 takes the hash modulo that
       - {name: hour, encoding: ids, num_embeddings: 24}     # integers that are ids already, checked
     sequences:                    # list columns, oldest entry first; max_length keeps the latest
       - {name: history, table: item, max_length: 50}        # shares the ids, and the settings, of `item`

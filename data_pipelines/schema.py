@@ -61,7 +61,8 @@ class CategoricalColumn:
         min_count: train rows (entries, for lists) a value needs for an id of its own; rarer ones share id 0. 2 to 10
             is usual: a value seen once teaches its vector nothing that generalises.
         max_length: longest list kept, its latest entries; None keeps all.
-        num_embeddings: for ``"ids"``: every id must be in [0, num_embeddings).
+        num_embeddings: for ``"ids"``: every id must be in [0, num_embeddings). For ``"hash"``: ids are the hash modulo
+            this, so that tables of any method can hold them and values share rows by chance; None keeps 63 bits.
         events: for sequences: the list of events they describe (``"history"`` unless told). Sequences of one list are
             parallel, entry i of each belongs to event i; the preparation checks that they are equally long in every
             row.
@@ -97,8 +98,12 @@ class CategoricalColumn:
                 f"column {self.name!r}: max_length must be at least 1 and belongs to kind 'list' or 'sequence', "
                 f"got {self.max_length} for kind {self.kind!r}"
             )
-        if (self.encoding == "ids") != (self.num_embeddings is not None):
-            raise ValueError(f"column {self.name!r}: num_embeddings must be given for encoding 'ids', and only there")
+        if self.encoding == "ids" and self.num_embeddings is None:
+            raise ValueError(f"column {self.name!r}: num_embeddings must be given for encoding 'ids'")
+        if self.encoding == "vocabulary" and self.num_embeddings is not None:
+            raise ValueError(
+                f"column {self.name!r}: num_embeddings is for encodings 'ids' and 'hash', got 'vocabulary'"
+            )
         if self.num_embeddings is not None and self.num_embeddings < 1:
             raise ValueError(f"column {self.name!r}: num_embeddings must be at least 1, got {self.num_embeddings}")
         if self.kind != "sequence" and (self.events or self.times is not None):

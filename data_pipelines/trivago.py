@@ -15,7 +15,8 @@ Before: by (timestamp, step). Events of one second are in the order of their ste
 click-out itself among them, know nothing of each other.
 
 Half of the items of a later day are new. With a vocabulary they share id 0, so that an item looked at before cannot be
-told from any other; ``--item-encoding hash`` gives each its own 64-bit id, for tables whose method hashes.
+told from any other; ``--item-encoding hash`` gives each its own 63-bit id, for tables whose method hashes, and with
+``--item-rows N`` one of N ids, for any table.
 
 ``clickout`` (a hash of user, session and step) is the group for GAUC, unless ``--group`` says session or user; all
 three are carried along. Split by time, by last day, or by users; a click-out is never divided.
@@ -101,7 +102,8 @@ def prepare(
     group: Group = "clickout",
     max_history: int = DEFAULT_MAX_HISTORY,
     min_count: int = DEFAULT_MIN_COUNT,
-    item_encoding: Encoding = "vocabulary",
+    item_encoding: Literal["vocabulary", "hash"] = "vocabulary",
+    item_rows: int | None = None,
     overwrite: bool = False,
     workers: int | None = None,
 ) -> Manifest:
@@ -115,7 +117,7 @@ def prepare(
         group: what GAUC groups impressions by.
         max_history: events of a history, the latest.
         min_count: train occurrences (impressions and histories) a value needs for an id of its own.
-        item_encoding: ``"vocabulary"`` or ``"hash"``, see the module.
+        item_encoding, item_rows: see the module; a few times as many rows as items keep most of them apart.
         overwrite: replace a data set that lies at ``out``.
         workers: threads; None: one a core.
 
@@ -141,7 +143,7 @@ def prepare(
         )
         manifest = prepare_log(
             [source],
-            _schema(max_history, min_count, group, item_encoding),
+            _schema(max_history, min_count, group, item_encoding, item_rows),
             folder,
             source_name="trivago",
             split=split,
@@ -152,16 +154,21 @@ def prepare(
                 "max_history": max_history,
                 "min_count": min_count,
                 "item_encoding": item_encoding,
+                "item_rows": item_rows,
                 "events": dict(log.counts),
             },
         )
     return dataclasses.replace(manifest, root=Path(out))
 
 
-def _schema(max_history: int, min_count: int, group: Group, item_encoding: Encoding) -> LogSchema:
+def _schema(
+    max_history: int, min_count: int, group: Group, item_encoding: Encoding, item_rows: int | None
+) -> LogSchema:
     plain = partial(CategoricalColumn, min_count=min_count)
     item_count = min_count if item_encoding == "vocabulary" else 1
-    item = partial(CategoricalColumn, table="item", min_count=item_count, encoding=item_encoding)
+    item = partial(
+        CategoricalColumn, table="item", min_count=item_count, encoding=item_encoding, num_embeddings=item_rows
+    )
     return LogSchema(
         label=LABEL,
         numeric=(NumericColumn("price"),),
@@ -355,6 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--item-encoding", choices=("vocabulary", "hash"), default="vocabulary", help="see above (default: %(default)s)"
     )
+    parser.add_argument("--item-rows", type=int, metavar="N", help="ids of hashed items (default: 63 bits)")
     parser.add_argument("--max-history", type=int, default=DEFAULT_MAX_HISTORY, help="latest events (default: 50)")
     add_split_options(parser, "time", ("time", "last-day", "users"))
     add_min_count_option(parser)
@@ -370,6 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_history=options.max_history,
             min_count=DEFAULT_MIN_COUNT if options.min_count is None else options.min_count,
             item_encoding=options.item_encoding,
+            item_rows=options.item_rows,
             overwrite=options.overwrite,
             workers=options.workers,
         ),

@@ -170,6 +170,14 @@ def test_hashed_items_are_equal_in_target_and_history(tmp_path: Path) -> None:
     table = pq.read_table(manifest.files("train")[0]).to_pydict()
     assert set(table["item"]) <= hashed
     assert {item for history in table["item_history"] for item in history} <= hashed
+    bounded = trivago.prepare(raw, tmp_path / "bounded", item_encoding="hash", item_rows=13, max_history=5)
+    assert {feature.num_embeddings for feature in bounded.categorical if feature.table == "item"} == {13}
+    rows_of = pq.read_table(bounded.files("train")[0]).to_pydict()
+    assert rows_of["item"] == [item % 13 for item in table["item"]]
+    assert rows_of["item_history"] == [[item % 13 for item in history] for history in table["item_history"]]
+    assert pq.read_schema(bounded.files("train")[0]).field("item").type == pa.int32()
+    with pytest.raises(ValueError, match="num_embeddings is for encodings 'ids' and 'hash', got 'vocabulary'"):
+        trivago.prepare(raw, tmp_path / "other", item_rows=13)
 
 
 def changed(column: str, value: Any) -> Callable[[Row], Row]:
