@@ -46,7 +46,8 @@ class ClusteredCompositional(CompressedTables):
     what is left over. So ids that behave alike come to share rows, and others can part again.
 
     Memory: ``2 * K * D * 4`` bytes a table, and a code of 1 byte (K up to 256), 2 (65,536) or 4 for every id and chunk:
-    the codes alone end at ``4 * W`` times smaller than full tables. Tables that this does not shrink stay full.
+    the codes alone end at ``4 * W`` times smaller than full tables. Between the largest size with codes of one byte and
+    the smallest with two lies nothing, however a budget asks for it. Tables that this does not shrink stay full.
 
     Args:
         tables: the logical tables, of bounded ids.
