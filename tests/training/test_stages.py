@@ -179,7 +179,7 @@ def test_one_stage_is_run_again_on_what_the_others_left(finished: Path, tmp_path
 def test_a_stage_needs_the_outcomes_of_those_before_it(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="stage=retrain builds on stage 'train', which has not ended"):
         train(config_of(data, tmp_path / "run", "+stage=retrain"))
-    with pytest.raises(ValueError, match="stage must be one of embedding.stages"):
+    with pytest.raises(ValueError, match=r"stage must be one of embedding\.stages"):
         train(config_of(data, tmp_path / "other", "+stage=evolution"))
 
 
