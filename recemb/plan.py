@@ -130,7 +130,8 @@ class CompressionPlan:
         """Write ``plan.safetensors``, then ``plan.json``, without which the folder holds no plan."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{name}.{part}": tensor.contiguous()
+            # A copy each: tables may share masks, and safetensors takes no tensor twice.
+            f"{name}.{part}": tensor.clone(memory_format=torch.contiguous_format)
             for name, table in self.tables.items()
             for part in _TENSORS
             if (tensor := getattr(table, part)) is not None

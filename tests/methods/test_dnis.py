@@ -20,6 +20,7 @@ from recemb.method import frozen_tables
 from recemb.methods.dnis import Dnis, SelectionOptimizer, most_that_fit, scale_rows
 from recemb.methods.full import Full
 from recemb.optimizers import EmbeddingOptimizer
+from recemb.plan import CompressionPlan
 from recemb.preparation import prepare
 from recemb.pruned_bytes import plan_bytes
 from recemb.training.bilevel import ByTurns
@@ -132,7 +133,7 @@ def test_plan_keeps_the_largest_folded_values_to_the_byte() -> None:
     assert all(float(part[~masks[name]].abs().max()) < least for name, part in folded.items() if (~masks[name]).any())
 
 
-def test_structured_plan_keeps_whole_columns_of_blocks() -> None:
+def test_structured_plan_keeps_whole_columns_of_blocks(tmp_path: Path) -> None:
     _, group = build(structured=True)
     folded = group.folded_tables()
     blocks = dict(zip(folded, group.blocks.split([len(part) for part in folded.values()]), strict=True))
@@ -146,6 +147,10 @@ def test_structured_plan_keeps_whole_columns_of_blocks() -> None:
             assert torch.equal(kept, group.selection > 0)
         else:
             assert plan_bytes(plan) <= budget
+        # Tables share the columns of a block.
+        plan.save(tmp_path)
+        loaded = CompressionPlan.load(tmp_path)
+        assert all(torch.equal(loaded.tables[name].mask(), plan.tables[name].mask()) for name in folded)
 
 
 def test_what_fits_is_a_beginning_and_whatever_still_has_room() -> None:
