@@ -114,7 +114,7 @@ def prepare_log(
         )
         manifest.save()
     rows = {name: entry.rows for name, entry in splits.items()}
-    logger.info("%s: %s rows in %.1f s", out, rows, time.perf_counter() - started)
+    logger.info("%s: %s rows in %.1f s", source_name, rows, time.perf_counter() - started)
     return dataclasses.replace(manifest, root=out)
 
 
