@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from recemb.models.attention import ActivationUnit
+from recemb.models.dice import Dice
 from recemb.models.jagged import segment_softmax, segment_sum, segments_of, spread, weighted_sum
 from tests.models.tables import normal
 
@@ -20,12 +22,14 @@ def offsets_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
 
 
-def unit(width: int = 4, **options) -> ActivationUnit:
+def unit(width: int = 4, hidden_layers: Sequence[int] = (6, 5), **options) -> ActivationUnit:
     torch.manual_seed(1)
-    module = ActivationUnit(width, hidden_layers=[6, 5], **options)
+    module = ActivationUnit(width, hidden_layers=hidden_layers, **options)
     for layer in module.mlp:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.bias)
+        if isinstance(layer, Dice):
+            nn.init.normal_(layer.alpha)
     return module
 
 
@@ -56,8 +60,11 @@ def plain(module: ActivationUnit, targets: Tensor, events: Tensor, lengths: list
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("activation", ["dice", "prelu", "relu", "sigmoid"])
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [0, 0], [20, 20]], ids=["mixed", "one", "all empty", "full"])
-def test_equals_the_plain_form(lengths: list[int], activation, softmax: bool, training: bool) -> None:
-    module = unit(activation=activation, softmax=softmax).double()
+@pytest.mark.parametrize("hidden_layers", [(6, 5), (7,)], ids=["two layers", "one layer"])
+def test_equals_the_plain_form(
+    lengths: list[int], activation, softmax: bool, training: bool, hidden_layers: tuple[int, ...]
+) -> None:
+    module = unit(activation=activation, softmax=softmax, hidden_layers=hidden_layers).double()
     module(normal(2, 4, dtype=torch.float64), 2 * normal(30, 4, seed=2, dtype=torch.float64), offsets_of([20, 10]))
     module.train(training)
     reference = copy.deepcopy(module)
@@ -82,8 +89,9 @@ def test_equals_the_plain_form(lengths: list[int], activation, softmax: bool, tr
 
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("activation", ["dice", "prelu"])
-def test_gradients_by_finite_differences(activation, softmax: bool) -> None:
-    module = unit(3, activation=activation, softmax=softmax).double()
+@pytest.mark.parametrize("hidden_layers", [(6, 5), (7,)], ids=["two layers", "one layer"])
+def test_gradients_by_finite_differences(activation, softmax: bool, hidden_layers: tuple[int, ...]) -> None:
+    module = unit(3, activation=activation, softmax=softmax, hidden_layers=hidden_layers).double()
     names = [name for name, _ in module.named_parameters()]
     parameters = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
     targets = normal(3, 3, dtype=torch.float64).requires_grad_()
