@@ -29,6 +29,7 @@ class RunSummary:
         best_possible_auc: where the log's true probabilities are known.
         search_cost: CPU time of a search before its last training, in trainings like that one; one a seed, empty for
             methods that search nothing.
+        gauc: AUC inside users on the test split, one a seed; empty where no user is known.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RunSummary:
     samples_per_cpu_second: tuple[float, ...] = ()
     best_possible_auc: float | None = None
     search_cost: tuple[float, ...] = ()
+    gauc: tuple[float, ...] = ()
 
     @property
     def mean_auc(self) -> float:
@@ -90,6 +92,7 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
         optimizer_bytes=embedding["optimizer_bytes"],
         samples_per_cpu_second=tuple(cell["train"]["samples_per_cpu_second"] for cell in cells),
         best_possible_auc=(first["data"].get("optimum") or {}).get("auc"),
+        gauc=tuple(cell["test"]["users"]["gauc"] for cell in cells if "users" in cell["test"]),
         search_cost=tuple(cell["search"]["cpu_trainings"] for cell in cells if "search" in cell),
     )
 
@@ -99,7 +102,9 @@ def table(runs: Sequence[RunSummary]) -> str:
     tuned = any(run.setting for run in runs)
     known = any(run.best_possible_auc is not None for run in runs)
     searched = any(run.search_cost for run in runs)
-    columns = ["run", *(["setting chosen on validation"] if tuned else []), "test AUC", "test log loss"]
+    columns = ["run", *(["setting chosen on validation"] if tuned else []), "test AUC"]
+    grouped = any(run.gauc for run in runs)
+    columns += [*(["test GAUC"] if grouped else []), "test log loss"]
     columns += [*(["best possible AUC"] if known else []), "bytes", "ratio", "samples/CPU s"]
     columns += [*(["search / training"] if searched else []), "seeds"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
@@ -109,7 +114,10 @@ def table(runs: Sequence[RunSummary]) -> str:
             continue
         settings = (text.split("=", 1) for text in run.setting)
         chosen = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in settings) or "-"
-        values = [run.name, *([chosen] if tuned else []), spread(run.auc), spread(run.logloss)]
+        values = [run.name, *([chosen] if tuned else []), spread(run.auc)]
+        if grouped:
+            values.append(spread(run.gauc) if run.gauc else "-")
+        values.append(spread(run.logloss))
         if known:
             values.append("-" if run.best_possible_auc is None else f"{run.best_possible_auc:.4f}")
         values += [f"{run.serving_bytes:,}", f"{run.ratio:.1f}x"]
