@@ -237,7 +237,7 @@ def with_train_counts(method: Method, manifest: Manifest) -> Method:
     except ValueError as error:
         logger.warning("%s does without train counts: %s", method_class(method).__name__, error)
         return method
-    return functools.partial(method, train_counts=counts)
+    return functools.partial(method, train_counts=counts)  # type: ignore[call-arg]
 
 
 def train_counts(manifest: Manifest) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ which prunes to a memory budget.
 A search in stages: rows are trained as usual with every selection at 1 (warm start); then rows of train batches and
 selections of architecture batches take turns, first order, as in the released code (``recemb.training.bilevel``); the
 selection is folded into the rows and the smallest values are dropped, over all tables alike, to the budget; what
-survives is trained on from the folded values (``reset: none``, as the authors' notebook does), or again from the weights
-before all training (``rewind``, which the config does: logs of one or two epochs are overfitted by a third).
+survives is trained on from the folded values (``reset: none``, as the authors' notebook does), or again from the
+weights before all training (``rewind``, which the config does: logs of one or two epochs are overfitted by a third).
 
 Differs from the paper: frequencies are train counts (the released code counts the test split as well), ids of equal
 count are cut in the order of the tables. Differs from the released code: selections are learnt on rows of their own, so
