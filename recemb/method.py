@@ -142,6 +142,11 @@ class CompressedTables(nn.Module):
         Nothing by default.
         """
 
+    @property
+    def settled(self) -> bool:
+        """False while a search is not what it is to be yet (not pruned enough): validations do not count until then."""
+        return True
+
     def penalty(self) -> Tensor | None:
         """A term of the training loss, of the ids that were looked up last; None: none."""
         return None

@@ -9,8 +9,8 @@ Differs from the paper:
 * The share to drop follows ``1 - 0.001 ** (step / steps_to_target)``. The paper's ``1 - 0.99 ** (step / 100)`` is the
   same at ``steps_to_target=68_732``, which is longer than an epoch of most logs.
 * The threshold is exact, where the released code bisects for it; and one for all tables, as there.
-* With a byte budget the share is that of the sparse tables it pays for, looked at anew each time another tenth of the
-  way is done, because how many values fit depends on how they spread over rows.
+* With a byte budget the share is that of the sparse tables it pays for, looked at anew halfway and near the end,
+  because how many values fit depends on how they spread over rows.
 
 Shapes: n rows of all tables, D embedding_dim.
 """
@@ -31,14 +31,16 @@ from recemb.plan import CompressionPlan
 
 # Of the way to the target that is left at ``steps_to_target``.
 _REST = 1e-3
-_TENTHS = 10
+# Shares of what is to be dropped at which the number of values that a budget pays for is looked at: each look takes as
+# long as the plan in the end.
+_LOOKS = (0.0, 0.5, 0.9)
 
 
 class DeepLight(Magnitude):
     """Full tables of which the smallest values become zero every few steps; what is zero may grow again until then.
 
-    Train it to its last step (``stops_early: false, keep: last``): the best validation is that of a table which is not
-    pruned yet. Works inside fused kernels and over ranks; optimizer state stays.
+    Validations count from ``steps_to_target`` on: a table that is not pruned yet is better. Works inside fused kernels
+    and over ranks; optimizer state stays.
 
     Memory: full tables while they train; the plan's after that.
 
@@ -63,7 +65,7 @@ class DeepLight(Magnitude):
         tables: Sequence[EmbeddingBagConfig],
         *,
         kept_fraction: float | None = None,
-        steps_to_target: int | float = 0.8,
+        steps_to_target: int | float = 0.5,
         every_steps: int = 10,
     ) -> None:
         if kept_fraction is not None and not 0 < kept_fraction <= 1:
@@ -79,10 +81,11 @@ class DeepLight(Magnitude):
         self._every_steps = every_steps
         self._budget_bytes: int | None = None
         self._total_steps: int | None = None
-        # (values to keep in the end, tenths of the way at which that was looked at); saved, so that a run can go on.
+        self._last_step = 0
+        # (values to keep in the end, times that this was looked at); saved, so that a run can go on.
         self.target: Tensor
         kept = 0 if kept_fraction is None else max(round(kept_fraction * self._total), 1)
-        self.register_buffer("target", torch.tensor([kept, -1]))
+        self.register_buffer("target", torch.tensor([kept, 0]))
 
     def begin_training(self, total_steps: int, budget_bytes: int | None) -> None:
         """How long the way is, and the budget that decides how much is dropped.
@@ -116,13 +119,14 @@ class DeepLight(Magnitude):
         Raises:
             ValueError: it was never told how long the training is, or what budget there is.
         """
+        self._last_step = step
         if step % self._every_steps:
             return
         progress = self.progress(step)
-        num_kept, tenths = self.target.tolist()
-        if self._kept_fraction is None and int(progress * _TENTHS) > tenths:
+        num_kept, looks = self.target.tolist()
+        if self._kept_fraction is None and looks < len(_LOOKS) and progress >= _LOOKS[looks]:
             num_kept = self.derive_plan(self._budget_bytes).num_values()
-            self.target.copy_(torch.tensor([num_kept, int(progress * _TENTHS)]))
+            self.target.copy_(torch.tensor([num_kept, sum(progress >= look for look in _LOOKS)]))
         num_dropped = int(progress * (self._total - num_kept))
         if num_dropped == 0:
             return
@@ -130,6 +134,11 @@ class DeepLight(Magnitude):
         threshold = kth_magnitude(pieces, num_dropped, over_ranks=over_ranks)
         for piece in pieces:
             piece.masked_fill_(piece.abs() <= threshold, 0.0)
+
+    @property
+    def settled(self) -> bool:
+        """From ``steps_to_target`` on, as in the released code."""
+        return self.progress(self._last_step) >= 1 - _REST - 1e-9
 
     def search_figures(self) -> dict[str, float]:
         pieces, over_ranks = self._pieces()

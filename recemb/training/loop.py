@@ -219,10 +219,11 @@ class TrainingLoop:
         if validates:
             metrics = self.validate()
             self.model.train()
-            best = self.stopping.update(self.step, metrics)
+            best = all(group.settled for group in self._groups) and self.stopping.update(self.step, metrics)
             log.write(self.step, "validation", metrics)
             shown = ", ".join(_shown(name, value) for name, value in metrics.items())
-            so_far = " (best)" if best else f" (best {self.stopping.best_value:.5f})"
+            earlier = self.stopping.best_value
+            so_far = " (best)" if best else "" if earlier is None else f" (best {earlier:.5f})"
             logger.info("step %d: validation %s%s", self.step, shown, so_far)
         if saves:
             self._save()

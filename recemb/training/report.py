@@ -16,10 +16,13 @@ from recemb.training.progress import duration
 
 # Physical tables listed in the report; memory.json has all.
 _MOST_TABLES = 40
+_STAGE_FIGURES = {"steps": "steps", "kept_rows": "rows kept", "kept_values": "values kept", "bytes": "bytes"}
 
 
 def summary_table(results: Mapping[str, Any]) -> str:
     """The figures of a run that people ask for first, one a line."""
+    if "test" not in results:
+        return _stage_lines(results)
     test, embedding, train = results["test"], results["embedding"], results["train"]
     optimum = results["data"].get("optimum", {})
     rows = [
@@ -41,6 +44,18 @@ def summary_table(results: Mapping[str, Any]) -> str:
 
 def _left_out(users: Mapping[str, Any]) -> str:
     return f"{users['num_users']:,} users, {users['num_users_left_out']:,} of one class left out"
+
+
+def _stage_lines(results: Mapping[str, Any]) -> str:
+    """Stages of a search that has not come to the test split."""
+    lines = []
+    for stage in results["stages"]:
+        shown = [f"{stage['name']:<12}", duration(stage["seconds"])]
+        shown += [f"{stage[key]:,} {text}" for key, text in _STAGE_FIGURES.items() if key in stage]
+        if "validation" in stage:
+            shown.append(f"validation AUC {stage['validation']['auc']:.5f}")
+        lines.append("  ".join(shown))
+    return "\n".join([*lines, f"{'run':<12}  {results['run']}"])
 
 
 def write_report(

@@ -144,7 +144,11 @@ class StagedRun:
         self.ranks.share(f"{stage.name}/done", None)
 
     def _partial(self, outcomes: Mapping[str, StageOutcome]) -> dict[str, Any]:
-        return {"run": str(self.folder.path), "stages": _figures(outcomes)}
+        figures = _figures(outcomes)
+        validated: dict[str, float] = next(
+            (stage["validation"] for stage in reversed(figures) if "validation" in stage), {}
+        )
+        return {"run": str(self.folder.path), "validation": validated, "stages": figures}
 
     def _finish(self, outcomes: Mapping[str, StageOutcome]) -> dict[str, Any]:
         """The last weights, converted, on the test split."""
@@ -203,7 +207,8 @@ class StagedRun:
     ) -> dict[str, Any]:
         figures = _figures(outcomes)
         trained = [stage for stage in figures if "steps" in stage]
-        last = trained[-1]
+        last, metric = trained[-1], self.config.trainer.stopping.metric
+        validated = figures[-1]["validation"]
         test = evaluation.to_dict()
         # In reliability.png; here it would hide the figures among 200 lines of bins.
         del test["reliability"]
@@ -212,7 +217,8 @@ class StagedRun:
             "test": test,
             "validation": {
                 "best_step": last["best_step"],
-                **figures[-1]["validation"],
+                metric: validated[metric],
+                **validated,
                 "rows": self.data.halves.split("validation").rows,
             },
             "train": {

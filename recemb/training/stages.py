@@ -196,8 +196,13 @@ def _train(
     for group, budget in zip(searching, budgets, strict=True):
         group.begin_training(training.loop.settings.total_steps, budget)
     training.run()
-    kept = folder.checkpoints.best if stage.keep == "best" else folder.checkpoints.last
-    assert kept is not None, "every training ends with a validation"
+    best, last = folder.checkpoints.best, folder.checkpoints.last
+    if stage.keep == "best" and best is None:
+        logger.warning(
+            "stage %s: no validation counted, the search did not settle; its last weights are kept", stage.name
+        )
+    kept = best if stage.keep == "best" and best is not None else last
+    assert kept is not None, "every training ends with a checkpoint"
     load_model_tensors(kept, prepared)
     return StageOutcome(
         None,

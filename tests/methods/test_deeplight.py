@@ -95,12 +95,22 @@ def test_a_run_goes_on_with_what_it_aimed_at() -> None:
     assert all(torch.equal(first.state_dict()[key], tensor) for key, tensor in second.state_dict().items())
 
 
+def test_validations_count_once_it_is_pruned() -> None:
+    [group] = compressed_groups(build(kept_fraction=0.5, steps_to_target=0.5, every_steps=10))
+    group.begin_training(100, None)
+    settled = []
+    for step in range(1, 101):
+        group.after_step(step)
+        settled.append(group.settled)
+    assert settled == [False] * 49 + [True] * 51
+
+
 def test_what_it_must_be_told() -> None:
     with pytest.raises(ValueError, match=r"give embedding.budget .* or method.kept_fraction; got None bytes and None"):
         compressed_groups(build())[0].begin_training(10, None)
     with pytest.raises(ValueError, match=r"got 100 bytes and 0.5"):
         compressed_groups(build(kept_fraction=0.5))[0].begin_training(10, 100)
-    with pytest.raises(ValueError, match=r"steps_to_target=0.8 is a share of a training: call begin_training"):
+    with pytest.raises(ValueError, match=r"steps_to_target=0.5 is a share of a training: call begin_training"):
         compressed_groups(build(kept_fraction=0.5))[0].after_step(10)
     for options, message in (
         ({"kept_fraction": 0.0}, r"kept_fraction must be in \(0, 1\], got 0.0"),
