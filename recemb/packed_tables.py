@@ -28,6 +28,11 @@ from recemb.stacked import at_features, features_of_ids, first_rows, per_feature
 
 # Stands where dense rows have the number of their pattern.
 SPARSE = -2
+# Dense rows are told apart by their number of columns.
+_SPARSE_FORM, _DROPPED_FORM = -1, 0
+# More sections a table than this are searched.
+_COMPARED_SECTIONS = 8
+_NEVER = 2**63 - 1
 
 
 class PackedTables(CompressedTables):
@@ -35,7 +40,7 @@ class PackedTables(CompressedTables):
 
     Made by ``recemb.packing.pack`` from trained rows. It serves: nothing in it trains.
 
-    Memory: 4 bytes a kept value, and the smallest of these maps a table: 26 bytes a run of ids, 1.125 bits an id, or
+    Memory: 4 bytes a kept value, and the smallest of these maps a table: 26 bytes a run of ids, 1.25 bits an id, or
     for values kept one by one a column's number each (1 byte up to D = 256) and 1.25 bytes a row.
 
     Args:
@@ -82,6 +87,9 @@ class PackedTables(CompressedTables):
         self._first_positions: Tensor
         starts = per_feature(tables, first_rows([table.num_embeddings for table in tables]))
         self.register_buffer("_first_positions", starts, persistent=False)
+        self._end_positions: Tensor
+        ends = starts + per_feature(tables, [table.num_embeddings for table in tables])
+        self.register_buffer("_end_positions", ends, persistent=False)
         self._table_of_feature: Tensor
         self.register_buffer("_table_of_feature", per_feature(tables, range(len(tables))), persistent=False)
 
@@ -103,76 +111,107 @@ class PackedTables(CompressedTables):
         """The values called ``packed__<name>``: ``dense<columns>``, ``sparse`` or ``dropped``."""
         return self.get_parameter(f"lookups.0.embedding_bags.packed__{name}.weight")
 
-    def locate(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(N,) int64 ids counted through all tables -> (N,) int16 patterns, (N,) int64 rows of their form."""
-        section = torch.searchsorted(self.section_starts, positions, right=True).sub_(1)
+    @torch.no_grad()
+    def embed(self, bags: Bags) -> Tensor:
+        features = features_of_ids(bags)
+        positions = bags.ids + at_features(self._first_positions, features)
+        section, rows, is_kept = self._locate(positions.view(-1), self._sections(positions, features).view(-1))
+        num_columns = self.patterns.sum(dim=1)
+        # A section's patterns from 0 are dense, SPARSE and DROPPED count from the end.
+        forms = torch.cat([num_columns, num_columns.new_tensor([_SPARSE_FORM, _DROPPED_FORM])])
+        form = forms.index_select(0, self.section_patterns.to(torch.int64) % len(forms)).index_select(0, section)
+        if is_kept is not None:
+            # _DROPPED_FORM is 0.
+            form.mul_(is_kept)
+        vectors = self._read_dense(form, section, rows)
+        if self.sparse_columns is not None:
+            chosen = (form == _SPARSE_FORM).nonzero().view(-1)
+            self._scatter_sparse(vectors, chosen, rows.index_select(0, chosen))
+        if self.vector_of_table is not None:
+            chosen = (form == _DROPPED_FORM).nonzero().view(-1)
+            table = self._tables_of_ids(bags, features).index_select(0, chosen)
+            vector = self.vector_of_table.index_select(0, table)
+            vectors.index_copy_(0, chosen, self.values("dropped").index_select(0, vector))
+        return vectors
+
+    def _sections(self, positions: Tensor, features: Tensor | None) -> Tensor:
+        """Section of each position, ids counted through all tables: the last that starts at it or before it."""
+        if self.sizes.max_sections > _COMPARED_SECTIONS:
+            return torch.searchsorted(self.section_starts, positions, right=True).sub_(1)
+        # Few sections a table are faster compared one by one than searched among all.
+        first = torch.searchsorted(self.section_starts, self._first_positions)
+        end = torch.searchsorted(self.section_starts, self._end_positions)
+        section = at_features(first, features).expand(positions.shape).clone()
+        for number in range(1, self.sizes.max_sections):
+            start = self.section_starts[(first + number).clamp_(max=self.sizes.num_sections - 1)]
+            start = torch.where(first + number < end, start, _NEVER)
+            section += positions >= at_features(start, features)
+        return section
+
+    def _locate(self, positions: Tensor, section: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Section and row among those of its form, both (N,) int64, of each position; (N,) whether there is a row."""
         if self.bitmap is None:
-            rows = positions - (self.section_starts - self.section_rows).index_select(0, section)
-            return self.section_patterns.index_select(0, section), rows
+            return section, positions - (self.section_starts - self.section_rows).index_select(0, section), None
         for layer in range(self.sizes.num_layers):
             start = self.section_starts.index_select(0, section)
             offset = positions - start
             first_bit = self.section_bits.index_select(0, section)
             has_bits = first_bit >= 0
-            is_set, rank = self.bitmap(torch.where(has_bits, first_bit + offset, 0))
+            is_set, rank = self.bitmap(offset.add(first_bit).mul_(has_bits))
             is_kept = is_set.logical_or_(has_bits.logical_not())
             if layer + 1 < self.sizes.num_layers:
                 # An id without its bit may have one in the section before, over the same ids.
                 before = (section - 1).clamp_(min=0)
                 is_layered = self.section_starts.index_select(0, before) == start
                 section = torch.where(is_kept.logical_not() & is_layered, before, section)
-        rows = self.section_rows.index_select(0, section) + torch.where(has_bits, rank, offset)
-        patterns_N = torch.where(is_kept, self.section_patterns.index_select(0, section), DROPPED)
-        return patterns_N, rows
+        rows = self.section_rows.index_select(0, section).add_(torch.where(has_bits, rank, offset))
+        return section, rows, is_kept
 
-    @torch.no_grad()
-    def embed(self, bags: Bags) -> Tensor:
-        features = features_of_ids(bags)
-        positions = (bags.ids + at_features(self._first_positions, features)).view(-1)
-        patterns_N, rows = self.locate(positions)
+    def _read_dense(self, form: Tensor, section: Tensor, rows: Tensor) -> Tensor:
+        """(N, D) vectors of ids with dense rows, zeros for others."""
         width = self.sizes.embedding_dim
-        vectors = torch.zeros(positions.numel(), width, device=positions.device)
-        num_columns = self.patterns.sum(dim=1)
-        # A form for each pattern, then the sparse one and the dropped one for -2 and -1.
-        forms = torch.cat([num_columns, num_columns.new_tensor([-1, 0])])
-        form = forms.index_select(0, patterns_N.to(torch.int64) % len(forms))
+        if self.sizes.num_sparse_rows == 0 and [columns for columns, _ in self.sizes.dense] == [width]:
+            # Most ids have a row, of full width: read one for all, and clear the others.
+            is_dropped = form == _DROPPED_FORM
+            vectors = self.values(f"dense{width}").index_select(0, rows.masked_fill(is_dropped, 0))
+            return vectors.index_fill_(0, is_dropped.nonzero().view(-1), 0.0)
+        vectors = torch.zeros(len(rows), width, device=rows.device)
+        # Which patterns keep their first columns and no others.
+        order = torch.arange(width, device=rows.device)
+        is_prefix = (self.patterns == (order < self.patterns.sum(dim=1, keepdim=True))).all(dim=1)
+        spread = set(self.patterns[~is_prefix].sum(dim=1).tolist())
         for columns, _ in self.sizes.dense:
             chosen = (form == columns).nonzero().view(-1)
             packed = self.values(f"dense{columns}").index_select(0, rows.index_select(0, chosen))
-            if columns < width:
-                packed = self._spread(packed, patterns_N.index_select(0, chosen))
-            vectors.index_copy_(0, chosen, packed)
-        if self.sparse_columns is not None:
-            chosen = (form == -1).nonzero().view(-1)
-            self._scatter_sparse(vectors, chosen, rows.index_select(0, chosen))
-        if self.vector_of_table is not None:
-            chosen = (form == 0).nonzero().view(-1)
-            table = self._tables_of_ids(bags, features).index_select(0, chosen)
-            vector = self.vector_of_table.index_select(0, table)
-            vectors.index_copy_(0, chosen, self.values("dropped").index_select(0, vector))
+            if columns in spread:
+                pattern = self.section_patterns.index_select(0, section.index_select(0, chosen))
+                vectors.index_copy_(0, chosen, self._spread(packed, pattern.to(torch.int64)))
+            else:
+                vectors.narrow(1, 0, columns).index_copy_(0, chosen, packed)
         return vectors
 
     def _spread(self, packed_NW: Tensor, patterns_N: Tensor) -> Tensor:
         """(N, W) kept values -> (N, D), zeros in the columns that are not kept."""
         absent = packed_NW.shape[1]
         source = torch.where(self.patterns, self.patterns.cumsum(dim=1) - 1, absent)
-        padded = nn.functional.pad(packed_NW, (0, 1))
-        return padded.gather(1, source.index_select(0, patterns_N.to(torch.int64)))
+        return nn.functional.pad(packed_NW, (0, 1)).gather(1, source.index_select(0, patterns_N))
 
     def _scatter_sparse(self, vectors: Tensor, targets: Tensor, rows: Tensor) -> None:
         """Write the values of sparse ``rows`` ((M,) int64) into rows ``targets`` of ``vectors``."""
         assert self.sparse_counts is not None and self.sparse_starts is not None and self.sparse_columns is not None
         blocks, inside = rows // POINTER_ROWS, rows % POINTER_ROWS
-        counts = self.sparse_counts.index_select(0, blocks).to(torch.int64)
-        before = counts * (torch.arange(POINTER_ROWS, device=rows.device) < inside.unsqueeze(1))
-        first = self.sparse_starts.index_select(0, blocks) + before.sum(dim=1)
-        count = counts.gather(1, inside.unsqueeze(1)).squeeze(1)
+        counts = self.sparse_counts.index_select(0, blocks)
+        # Narrow integers: these are the largest tensors here.
+        is_before = torch.ones(POINTER_ROWS, POINTER_ROWS, dtype=counts.dtype, device=rows.device).tril_(-1)
+        before = (counts * is_before.index_select(0, inside)).sum(dim=1)
+        count = counts.gather(1, inside.unsqueeze(1)).squeeze(1).to(torch.int64)
+        first = self.sparse_starts.index_select(0, blocks) + before
         ends = count.cumsum(0)
         total = int(ends[-1]) if len(ends) else 0
         shift = torch.repeat_interleave(first - (ends - count), count, output_size=total)
         values = torch.arange(total, device=rows.device) + shift
         target = torch.repeat_interleave(targets, count, output_size=total)
-        column = self.sparse_columns.index_select(0, values).to(torch.int64)
+        column = self.sparse_columns.index_select(0, values)
         vectors.view(-1).index_copy_(
             0, target * vectors.shape[1] + column, self.values("sparse").view(-1).index_select(0, values)
         )

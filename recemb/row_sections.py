@@ -67,12 +67,14 @@ def row_sections(codes: Tensor) -> RowSections:
     Args:
         codes: (n,) integers, ``DROPPED`` for ids without a row, codes from 0 for the others.
     """
-    num_runs = 1 + int((codes[1:] != codes[:-1]).sum()) if len(codes) else 0
+    num_runs = 1 + int((codes[1:] != codes[:-1]).count_nonzero())
     candidates = []
     # Runs alone: worth a look only where they are no more than a bitmap at least takes.
     if num_runs * SECTION_BYTES <= len(codes) * BLOCK_BYTES / BLOCK_BITS + 3 * SECTION_BYTES:
         candidates.append(_runs(codes))
-    if num_runs > 3:
+    if num_runs > 3 and int(codes.max()) == 0:
+        candidates.append(_holes(codes >= 0))
+    elif num_runs > 3:
         kept = (codes >= 0).nonzero().view(-1)
         kept_codes = codes[kept]
         changes = int((kept_codes[1:] != kept_codes[:-1]).sum())
@@ -81,6 +83,21 @@ def row_sections(codes: Tensor) -> RowSections:
         if changes:
             candidates.append(_layers(len(codes), kept, kept_codes))
     return min(candidates, key=RowSections.num_bytes)
+
+
+def one_section() -> RowSections:
+    """Every id has a row, in the order of ids."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    return RowSections(zero, zero, zero, zero)
+
+
+def _holes(is_kept: Tensor) -> RowSections:
+    """Bits from the first kept id to the last, of one code: ``_runs_of_kept`` of it, without a list of ids."""
+    start = int(is_kept.to(torch.uint8).argmax())
+    end = len(is_kept) - int(is_kept.flip(0).to(torch.uint8).argmax())
+    parts = [(0, DROPPED, 0)] * (start > 0) + [(start, 0, end - start)] + [(end, DROPPED, 0)] * (end < len(is_kept))
+    starts, values, bits = torch.tensor(parts).unbind(dim=1)
+    return RowSections(starts, values, torch.zeros_like(starts), bits)
 
 
 def _runs(codes: Tensor) -> RowSections:

@@ -70,7 +70,7 @@ class Pruned(CompressedTables):
         self.register_buffer("kept", self._packed_masks().to(torch.get_default_device()))
         self._bits: Tensor
         bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
-        self.register_buffer("_bits", bits.bool(), persistent=False)
+        self.register_buffer("_bits", bits.to(torch.float32), persistent=False)
 
     def _packed_masks(self) -> Tensor:
         """(R, ceil(D / 8)) uint8: bit ``c % 8`` of byte ``c // 8`` is 1 where column c of a row is kept."""
@@ -96,7 +96,8 @@ class Pruned(CompressedTables):
             kept = kept.masked_fill(is_dropped.unsqueeze(1), 255)
         rows = self.lookup_rows(0, [slots])[0]
         bits = self._bits.index_select(0, kept.view(-1).to(torch.int64)).view(len(kept), 8 * kept.shape[1])
-        return rows.masked_fill(~bits[:, : self._width], 0.0)
+        # 0 + row * mask, which leaves no zero a sign; a choice by a boolean mask takes twenty times as long.
+        return torch.addcmul(rows.new_zeros(1), rows, bits[:, : self._width])
 
     def convert(self) -> PackedTables:
         """Packed tables on the CPU, with the rows trained so far.
