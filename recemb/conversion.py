@@ -50,7 +50,7 @@ def convert(model: nn.Module) -> nn.Module:
         served = group.convert()
         if served is group:
             continue
-        served.train(group.training)
+        served.train(group.training).to(next(iter([*group.parameters(), *group.buffers()])).device)
         if not path:
             return served
         parent, _, name = path.rpartition(".")

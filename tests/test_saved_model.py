@@ -21,10 +21,11 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from recemb import golden, saved_model
-from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
+from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
 from recemb.conversion import convert
 from recemb.data.manifest import checksum
 from recemb.memory import measure_memory
+from recemb.method import method_class
 from recemb.methods.full import Full
 from recemb.methods.pruned import Pruned
 from recemb.methods.unified import Unified
@@ -99,6 +100,18 @@ def test_every_packed_form_comes_back_bit_for_bit(kind: str, dropped: str, tmp_p
     expected = collection(bags(KEYS, MULTI_HOT)).values()
     loaded = load(save(convert(collection), tmp_path / "saved"))
     assert torch.equal(loaded(bags(KEYS, MULTI_HOT)).values(), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in embedding_configs() if method_class(quarter_sized(name)).searches])
+def test_what_every_search_leads_to_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    search = CompressedEmbeddingBagCollection(small_tables(), quarter_sized(name))
+    budget = int(0.4 * measure_memory(search).full_bytes)
+    [group] = compressed_groups(search)
+    found = CompressedEmbeddingBagCollection(small_tables(), type(group).from_plan(group.derive_plan(budget))).eval()
+    expected = found(bags(KEYS, MULTI_HOT)).values()
+    loaded = load(save(convert(found), tmp_path / "saved"))
+    assert torch.equal(loaded(bags(KEYS, MULTI_HOT)).values(), expected)
+    assert measure_memory(loaded).serving_bytes <= budget
 
 
 @pytest.mark.parametrize("name", ["unified", "full", "cafe", "mixed_dimension"])
