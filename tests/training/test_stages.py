@@ -16,17 +16,18 @@ import pytest
 import torch
 
 import recemb
-from recemb.checkpoint import load_model_tensors
 from recemb.comparison.cells import composed
 from recemb.data.manifest import Manifest
 from recemb.data.parquet import ParquetLoader
 from recemb.evaluation import metrics
 from recemb.plan import CompressionPlan
 from recemb.run_folder import load_model
+from recemb.training.bilevel import ByTurns
 from recemb.training.metrics_log import read_metrics
 from recemb.training.resume import config_to_train
 from recemb.training.run import train
 from tests.data.encoded import write_encoded
+from tests.histories import write_behaviour_log
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OVERRIDES = [
@@ -189,11 +190,52 @@ def test_without_stages_a_search_method_trains_as_any_other(data: Path, tmp_path
     assert results["embedding"]["bytes"] > results["embedding"]["full_bytes"]
 
 
-def test_the_first_stage_begins_as_a_plain_training_of_the_seed_does(finished: Path, data: Path) -> None:
-    first, _ = load_model(finished / "stages" / "0-train" / "checkpoints" / "best")
-    load_model_tensors(finished / "stages" / "initial" / "step-00000000", first)
-    torch.manual_seed(0)
-    again, _ = load_model(finished / "stages" / "0-train" / "checkpoints" / "best")
-    rows = first.state_dict()["embeddings.groups.0.lookups.0.embedding_bags.magnitude.weight"]
-    assert rows[:20].abs().max() <= (1 / 20) ** 0.5 and rows[20:120].abs().max() <= (1 / 100) ** 0.5
-    assert not torch.equal(rows, again.state_dict()["embeddings.groups.0.lookups.0.embedding_bags.magnitude.weight"])
+def test_the_first_stage_begins_as_a_plain_training_of_the_seed_does(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
+    """So magnitude pruning starts from what full tables start from, and costs can be told from its first training."""
+    train(config_of(data, tmp_path / "run", "embedding.stages=[]", "trainer.max_steps=10"))
+    plain, staged = read_metrics(tmp_path / "run"), read_metrics(finished / "stages" / "0-train")
+    assert plain[0]["loss"] == staged[0]["loss"]
+    initial, _ = load_model(finished / "stages" / "initial" / "step-00000000")
+    [group] = initial.embeddings.groups
+    values = torch.cat(list(group.stored_tables().values()))
+    assert values[:20].abs().max() <= 20**-0.5 and values[120:].abs().max() <= 1000**-0.5
+
+
+def test_a_sequence_model_searches_as_well(tmp_path: Path) -> None:
+    write_behaviour_log(tmp_path / "log", rows=1500)
+    changes = ["model=din", "trainer.batch_size=64", "embedding.budget=3x", "+embedding.mini_batch_aware_decay=0.001"]
+    kept = [item for item in OVERRIDES if not item.startswith("model.")]
+    content = composed([*kept, *changes, f"data.path={tmp_path / 'log'}", f"paths.run={tmp_path / 'run'}"])
+    results = train(content)
+    assert 0.9 < 3 * results["embedding"]["bytes"] / results["embedding"]["full_bytes"] <= 1
+    assert 0 < results["validation"]["gauc"] < 1 and results["test"]["rows"] == 150
+    assert recemb.load(tmp_path / "run" / "model") is not None
+
+
+def test_a_bilevel_search_that_was_ended_in_a_stage_goes_on_exactly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["embedding=dnis", "trainer.max_steps=60"]
+    train(config_of(data, tmp_path / "whole", *settings))
+    after_step = ByTurns.after_step
+
+    def fails_once(self: ByTurns, step: int, *others: Any) -> None:
+        if step == 37:
+            raise KeyboardInterrupt
+        after_step(self, step, *others)
+
+    monkeypatch.setattr(ByTurns, "after_step", fails_once)
+    content = config_of(data, tmp_path / "ended", *settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(content)
+    monkeypatch.undo()
+    torch.manual_seed(123)
+    train(content, continues=True)
+    assert without_clock(results_of(tmp_path / "ended")) == without_clock(results_of(tmp_path / "whole"))
+    lines = [
+        [{key: value for key, value in line.items() if key != "samples_per_second"} for line in read_metrics(folder)]
+        for folder in (tmp_path / "whole" / "stages" / "1-search", tmp_path / "ended" / "stages" / "1-search")
+    ]
+    assert lines[0] == lines[1]
