@@ -6,19 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
-from recemb.budget import fit_to_budget
 from recemb.collection import CompressedEmbeddingCollection, compressed_groups
-from recemb.memory import full_table_bytes
 from recemb.method import Method
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
-from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, embedding_configs, load_embedding_config, small_tables
+from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, embedding_configs, quarter_sized, small_tables
 
 TABLES = [
     EmbeddingConfig(
@@ -31,10 +28,7 @@ CASES = pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE, [[[]] * 2] * 5], ids=
 
 @pytest.fixture(params=embedding_configs())
 def method(request: pytest.FixtureRequest) -> Method:
-    config = load_embedding_config(request.param)
-    share = 1.0 if config["budget"] is None else 0.25
-    full = sum(full_table_bytes(small_tables()).values())
-    return fit_to_budget(small_tables(), instantiate(config["method"]), int(full * share))
+    return quarter_sized(request.param)
 
 
 @CASES
@@ -68,11 +62,13 @@ def test_target_and_history_share_rows_and_train_fused(method: Method) -> None:
     model, optimizer = prepare(collection, EmbeddingOptimizer("sgd", 0.1), partial(torch.optim.SGD, lr=0.1))
     ids = [[[0]], [[4321]], [[17, 4321]], [[3]], [[0]]]
     before = model(bags(KEYS, ids))
-    assert torch.equal(before["target"].values()[0], before["history"].values()[1])
+    # To rounding: products of matrices of one row and of two need not agree in the last digit.
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-8)
+    close(before["target"].values()[0], before["history"].values()[1])
     before["history"].values().square().sum().backward()
     optimizer.step()
     after = model(bags(KEYS, ids))
-    assert torch.equal(after["target"].values()[0], after["history"].values()[1])
+    close(after["target"].values()[0], after["history"].values()[1])
     assert not torch.equal(after["target"].values(), before["target"].values())
 
 
