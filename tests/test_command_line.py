@@ -34,3 +34,7 @@ def test_configs_are_found_beside_the_package_or_inside_it(tmp_path, monkeypatch
         config_folder()
     (installed / "configs" / "train.yaml").touch()
     assert config_folder() == installed / "configs"
+
+
+def test_a_stage_is_named_with_or_without_a_plus() -> None:
+    assert rewrite(["stage=prune", "+stage=prune"]) == ["+stage=prune", "+stage=prune"]

@@ -109,7 +109,8 @@ def test_a_missing_key_is_named(default):
         # Arguments with defaults of a class, and options with defaults, may be left out.
         if path[0] == "model" or path[:2] in (("embedding", "method"), ("embedding", "full_below_rows")):
             continue
-        if path[:1] == ("optimizer",):
+        # Configs of runs from before there were stages lack the second.
+        if path[:1] == ("optimizer",) or path == ("data", "architecture_fraction"):
             continue
         changed = copy.deepcopy(default)
         place = changed

@@ -220,6 +220,9 @@ def _train(
 def _of_plan(context: StageContext, plan: Path, model: nn.Module) -> dict[str, Any]:
     """Figures of a plan, with the bytes of the tables of ``model`` once converted."""
     size = sum(parameter_bytes(group) for group in compressed_groups(convert(copy.deepcopy(model))))
+    budget = context.budget_bytes()
+    if budget is not None and size > budget:
+        logger.warning("the tables of %s take %s bytes, more than the budget of %s", plan, f"{size:,}", f"{budget:,}")
     return {**plan_figures(CompressionPlan.load(plan)), "bytes": size}
 
 
