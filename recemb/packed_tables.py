@@ -15,21 +15,16 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
 from recemb.method import CompressedTables
-from recemb.pruned_bytes import (
-    POINTER_ROWS,
-    PackedSizes,
-    column_dtype,
-    count_dtype,
-    pointer_dtype,
-)
+from recemb.pruned_bytes import PackedSizes
 from recemb.rank_bitmap import RankBitmap, blocks_for
 from recemb.row_sections import DROPPED
+from recemb.sparse_rows import Found, MarkedColumns, NumberedColumns
 from recemb.stacked import at_features, features_of_ids, first_rows, per_feature
 
-# Stands where dense rows have the number of their pattern.
-SPARSE = -2
+# Stand where dense rows have the number of their pattern.
+SPARSE, MARKED = -2, -3
 # Dense rows are told apart by their number of columns.
-_SPARSE_FORM, _DROPPED_FORM = -1, 0
+_MARKED_FORM, _SPARSE_FORM, _DROPPED_FORM = -2, -1, 0
 # More sections a table than this are searched.
 _COMPARED_SECTIONS = 8
 _NEVER = 2**63 - 1
@@ -41,7 +36,8 @@ class PackedTables(CompressedTables):
     Made by ``recemb.packing.pack`` from trained rows. It serves: nothing in it trains.
 
     Memory: 4 bytes a kept value, and the smallest of these maps a table: 26 bytes a run of ids, 1.25 bits an id, or
-    for values kept one by one a column's number each (1 byte up to D = 256) and 1.25 bytes a row.
+    for values kept one by one either a column's number each (1 byte up to D = 256) and 1.25 bytes a row, or 1.25 bits a
+    column of every row.
 
     Args:
         tables: the logical tables, of one embedding_dim.
@@ -63,6 +59,8 @@ class PackedTables(CompressedTables):
         stored = [_storage(f"packed__dense{columns}", rows, columns) for columns, rows in self.sizes.dense]
         if self.sizes.num_sparse_values:
             stored.append(_storage("packed__sparse", self.sizes.num_sparse_values, 1))
+        if self.sizes.num_marked_values:
+            stored.append(_storage("packed__marked", self.sizes.num_marked_values, 1))
         if self.sizes.num_vectors:
             stored.append(_storage("packed__dropped", self.sizes.num_vectors, width))
         super().__init__(tables, [stored] if stored else [])
@@ -80,7 +78,10 @@ class PackedTables(CompressedTables):
         self.register_buffer("patterns", torch.zeros(self.sizes.num_patterns, width, dtype=torch.bool))
         blocks = blocks_for(self.sizes.num_bits)
         self.bitmap = RankBitmap(blocks) if blocks else None
-        self._register_sparse(width)
+        rows, values = self.sizes.num_sparse_rows, self.sizes.num_sparse_values
+        self.sparse = NumberedColumns(rows, values, width) if values else None
+        rows, values = self.sizes.num_marked_rows, self.sizes.num_marked_values
+        self.marked = MarkedColumns(rows, width) if values else None
         self.vector_of_table: Tensor | None
         vector_of_table = torch.zeros(len(tables), dtype=torch.int32) if self.sizes.num_vectors else None
         self.register_buffer("vector_of_table", vector_of_table)
@@ -93,22 +94,8 @@ class PackedTables(CompressedTables):
         self._table_of_feature: Tensor
         self.register_buffer("_table_of_feature", per_feature(tables, range(len(tables))), persistent=False)
 
-    def _register_sparse(self, width: int) -> None:
-        """Of sparse rows: how many values each has, where those of every 16th begin, and the column of each value."""
-        rows, values = self.sizes.num_sparse_rows, self.sizes.num_sparse_values
-        blocks = -(-rows // POINTER_ROWS)
-        self.sparse_counts: Tensor | None
-        counts = torch.zeros(blocks, POINTER_ROWS, dtype=count_dtype(width))
-        self.register_buffer("sparse_counts", counts if rows else None)
-        self.sparse_starts: Tensor | None
-        starts = torch.zeros(blocks, dtype=pointer_dtype(values))
-        self.register_buffer("sparse_starts", starts if rows else None)
-        self.sparse_columns: Tensor | None
-        columns = torch.zeros(values, dtype=column_dtype(width))
-        self.register_buffer("sparse_columns", columns if values else None)
-
     def values(self, name: str) -> Tensor:
-        """The values called ``packed__<name>``: ``dense<columns>``, ``sparse`` or ``dropped``."""
+        """The values called ``packed__<name>``: ``dense<columns>``, ``sparse``, ``marked`` or ``dropped``."""
         return self.get_parameter(f"lookups.0.embedding_bags.packed__{name}.weight")
 
     @torch.no_grad()
@@ -117,16 +104,17 @@ class PackedTables(CompressedTables):
         positions = bags.ids + at_features(self._first_positions, features)
         section, rows, is_kept = self._locate(positions.view(-1), self._sections(positions, features).view(-1))
         num_columns = self.patterns.sum(dim=1)
-        # A section's patterns from 0 are dense, SPARSE and DROPPED count from the end.
-        forms = torch.cat([num_columns, num_columns.new_tensor([_SPARSE_FORM, _DROPPED_FORM])])
+        # A section's patterns from 0 are dense; MARKED, SPARSE and DROPPED are negative and count from the end.
+        forms = torch.cat([num_columns, num_columns.new_tensor([_MARKED_FORM, _SPARSE_FORM, _DROPPED_FORM])])
         form = forms.index_select(0, self.section_patterns.to(torch.int64) % len(forms)).index_select(0, section)
         if is_kept is not None:
             # _DROPPED_FORM is 0.
             form.mul_(is_kept)
         vectors = self._read_dense(form, section, rows)
-        if self.sparse_columns is not None:
-            chosen = (form == _SPARSE_FORM).nonzero().view(-1)
-            self._scatter_sparse(vectors, chosen, rows.index_select(0, chosen))
+        for number, name, columns in ((_SPARSE_FORM, "sparse", self.sparse), (_MARKED_FORM, "marked", self.marked)):
+            if columns is not None:
+                chosen = (form == number).nonzero().view(-1)
+                self._scatter(vectors, chosen, columns.find(rows.index_select(0, chosen)), self.values(name))
         if self.vector_of_table is not None:
             chosen = (form == _DROPPED_FORM).nonzero().view(-1)
             table = self._tables_of_ids(bags, features).index_select(0, chosen)
@@ -170,7 +158,7 @@ class PackedTables(CompressedTables):
     def _read_dense(self, form: Tensor, section: Tensor, rows: Tensor) -> Tensor:
         """(N, D) vectors of ids with dense rows, zeros for others."""
         width = self.sizes.embedding_dim
-        if self.sizes.num_sparse_rows == 0 and [columns for columns, _ in self.sizes.dense] == [width]:
+        if self.sparse is None and self.marked is None and [columns for columns, _ in self.sizes.dense] == [width]:
             # Most ids have a row, of full width: read one for all, and clear the others.
             is_dropped = form == _DROPPED_FORM
             vectors = self.values(f"dense{width}").index_select(0, rows.masked_fill(is_dropped, 0))
@@ -196,25 +184,11 @@ class PackedTables(CompressedTables):
         source = torch.where(self.patterns, self.patterns.cumsum(dim=1) - 1, absent)
         return nn.functional.pad(packed_NW, (0, 1)).gather(1, source.index_select(0, patterns_N))
 
-    def _scatter_sparse(self, vectors: Tensor, targets: Tensor, rows: Tensor) -> None:
-        """Write the values of sparse ``rows`` ((M,) int64) into rows ``targets`` of ``vectors``."""
-        assert self.sparse_counts is not None and self.sparse_starts is not None and self.sparse_columns is not None
-        blocks, inside = rows // POINTER_ROWS, rows % POINTER_ROWS
-        counts = self.sparse_counts.index_select(0, blocks)
-        # Narrow integers: these are the largest tensors here.
-        is_before = torch.ones(POINTER_ROWS, POINTER_ROWS, dtype=counts.dtype, device=rows.device).tril_(-1)
-        before = (counts * is_before.index_select(0, inside)).sum(dim=1)
-        count = counts.gather(1, inside.unsqueeze(1)).squeeze(1).to(torch.int64)
-        first = self.sparse_starts.index_select(0, blocks) + before
-        ends = count.cumsum(0)
-        total = int(ends[-1]) if len(ends) else 0
-        shift = torch.repeat_interleave(first - (ends - count), count, output_size=total)
-        values = torch.arange(total, device=rows.device) + shift
-        target = torch.repeat_interleave(targets, count, output_size=total)
-        column = self.sparse_columns.index_select(0, values)
-        vectors.view(-1).index_copy_(
-            0, target * vectors.shape[1] + column, self.values("sparse").view(-1).index_select(0, values)
-        )
+    def _scatter(self, vectors: Tensor, targets: Tensor, found: Found, values: Tensor) -> None:
+        """Write the found values into rows ``targets`` ((M,) int64) of ``vectors``."""
+        owners, columns, places = found
+        positions = targets.index_select(0, owners).mul_(vectors.shape[1]).add_(columns)
+        vectors.view(-1).index_copy_(0, positions, values.view(-1).index_select(0, places))
 
     def _tables_of_ids(self, bags: Bags, features: Tensor | None) -> Tensor:
         tables = at_features(self._table_of_feature, features)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.method import Method
-from recemb.packed_tables import SPARSE, PackedTables
+from recemb.packed_tables import MARKED, SPARSE, PackedTables
 from recemb.plan import CompressionPlan, TablePlan
-from recemb.pruned_bytes import POINTER_ROWS, PackedTable, packed_sizes, packed_table, patterns, plan_sizes
+from recemb.pruned_bytes import PackedTable, packed_sizes, packed_table, patterns, plan_sizes
 from recemb.row_sections import DROPPED
 from recemb.stacked import first_rows
 
@@ -65,6 +65,7 @@ def pack(
         if form.needs_vector:
             assert vector is not None
             writer.write_vector(index, vector)
+    writer.finish()
     for target, column in zip(
         (packed.section_starts, packed.section_rows, packed.section_bits, packed.section_patterns),
         torch.cat(sections, dim=1),
@@ -92,7 +93,8 @@ class _Writer:
         self._packed = packed
         # Number of columns -> rows written so far.
         self._dense_rows: dict[int, int] = {}
-        self._sparse_rows = self._sparse_values = self._vectors = 0
+        self._sparse_rows = self._sparse_values = self._marked_rows = self._marked_values = self._vectors = 0
+        self._marks: list[Tensor] = []
 
     def write(
         self,
@@ -106,9 +108,12 @@ class _Writer:
             Code -> (number of the pattern, first row among those of its form).
         """
         if form.columns is None:
-            first = self._sparse_rows
-            self._write_sparse(form, read)
-            return {0: (SPARSE, first)}
+            first = self._marked_rows if form.is_marked else self._sparse_rows
+            if form.is_marked:
+                self._write_marked(form, read)
+            else:
+                self._write_sparse(form, read)
+            return {0: (MARKED if form.is_marked else SPARSE, first)}
         places = {}
         for code, columns, num_rows in form.dense_rows():
             width = sum(columns)
@@ -122,26 +127,30 @@ class _Writer:
         return places
 
     def _write_sparse(self, form: PackedTable, read: _Reader) -> None:
-        packed = self._packed
-        assert packed.sparse_counts is not None and packed.sparse_starts is not None
+        packed, columns = self._packed, self._packed.sparse
         for ids in (form.codes >= 0).nonzero().view(-1).split(_ROWS_AT_ONCE):
             rows, mask = read(ids)
-            counts = mask.sum(dim=1)
-            first, last = self._sparse_rows, self._sparse_rows + len(ids)
-            packed.sparse_counts.view(-1)[first:last] = counts.to(packed.sparse_counts.dtype)
-            # Where rows that open a block begin; a table may begin inside a block.
-            begins = self._sparse_values + counts.cumsum(0) - counts
-            opens = torch.arange(first, last) % POINTER_ROWS == 0
-            packed.sparse_starts[torch.arange(first, last)[opens] // POINTER_ROWS] = begins[opens].to(
-                packed.sparse_starts.dtype
-            )
-            num_values = int(counts.sum())
-            if num_values:
-                assert packed.sparse_columns is not None
+            num_values = int(mask.sum())
+            if columns is not None:
+                columns.fill(self._sparse_rows, self._sparse_values, mask)
                 place = slice(self._sparse_values, self._sparse_values + num_values)
                 packed.values("sparse").view(-1)[place] = rows[mask]
-                packed.sparse_columns[place] = mask.nonzero()[:, 1].to(packed.sparse_columns.dtype)
-            self._sparse_rows, self._sparse_values = last, self._sparse_values + num_values
+            self._sparse_rows += len(ids)
+            self._sparse_values += num_values
+
+    def _write_marked(self, form: PackedTable, read: _Reader) -> None:
+        for ids in (form.codes >= 0).nonzero().view(-1).split(_ROWS_AT_ONCE):
+            rows, mask = read(ids)
+            self._marks.append(mask)
+            place = slice(self._marked_values, self._marked_values + int(mask.sum()))
+            self._packed.values("marked").view(-1)[place] = rows[mask]
+            self._marked_rows += len(ids)
+            self._marked_values = place.stop
+
+    def finish(self) -> None:
+        """Write what can be written only once all tables are known."""
+        if self._packed.marked is not None:
+            self._packed.marked.fill(torch.cat(self._marks))
 
     def write_vector(self, table: int, vector: Tensor) -> None:
         """What dropped ids of a table get."""

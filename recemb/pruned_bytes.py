@@ -15,10 +15,9 @@ from torch import Tensor
 from recemb.plan import CompressionPlan, TablePlan
 from recemb.rank_bitmap import BLOCK_BYTES, blocks_for
 from recemb.row_sections import DROPPED, SECTION_BYTES, RowSections, one_section, row_sections
+from recemb.sparse_rows import MarkedColumns, NumberedColumns
 
 DROPPED_VECTORS = ("zero", "vector")
-# Rows whose numbers of values follow one pointer.
-POINTER_ROWS = 16
 _MAX_PATTERNS = 2**15
 # Counted one by one, up to this many.
 _FEW_CODES = 16
@@ -31,11 +30,12 @@ class PackedTable:
     Args:
         codes: (n,) int16: which columns an id's row has, ``DROPPED`` for ids without a row.
         sections: from ids to rows.
-        columns: code -> (D,) bool, the columns of its rows; None: rows are sparse, each has columns of its own.
+        columns: code -> (D,) bool, the columns of its rows; None: each row has columns of its own.
         num_rows: code -> rows.
-        num_values: values of sparse rows, 0 for others.
+        num_values: values of rows with columns of their own, 0 for others.
         is_full: nothing would be smaller than all rows.
         needs_vector: ids without a row get a vector that was learned.
+        is_marked: rows with columns of their own have a bit for each column, not a number for each value.
     """
 
     codes: Tensor
@@ -43,8 +43,9 @@ class PackedTable:
     columns: tuple[tuple[bool, ...], ...] | None
     num_rows: tuple[int, ...]
     num_values: int
-    is_full: bool
-    needs_vector: bool
+    is_full: bool = False
+    needs_vector: bool = False
+    is_marked: bool = False
 
     def dense_rows(self) -> Iterator[tuple[int, tuple[bool, ...], int]]:
         """Code, columns and number of rows, of every code that has dense rows."""
@@ -57,8 +58,10 @@ class PackedTable:
         vector = embedding_dim * 4 if self.needs_vector else 0
         if self.columns is None:
             [rows] = self.num_rows
-            pointers = rows * (count_dtype(embedding_dim).itemsize + 4 / POINTER_ROWS)
-            values = pointers + self.num_values * (4 + column_dtype(embedding_dim).itemsize)
+            columns: float = NumberedColumns.num_bytes(rows, self.num_values, embedding_dim)
+            if self.is_marked:
+                columns = MarkedColumns.num_bytes(rows, embedding_dim)
+            values = columns + self.num_values * 4
         else:
             values = sum(rows * sum(columns) * 4 for _, columns, rows in self.dense_rows())
         return values + self.sections.num_bytes() + vector
@@ -76,7 +79,8 @@ class PackedSizes:
         max_sections: of one table.
         num_layers: sections that start with the same id, at most.
         num_bits: of all sections.
-        num_sparse_rows, num_sparse_values: of all tables with sparse rows.
+        num_sparse_rows, num_sparse_values: of all tables whose rows have a number for each value's column.
+        num_marked_rows, num_marked_values: of all tables whose rows have a bit for each column.
         num_vectors: tables that keep a learned vector for dropped ids.
         num_tables: logical tables.
     """
@@ -90,6 +94,8 @@ class PackedSizes:
     num_bits: int
     num_sparse_rows: int
     num_sparse_values: int
+    num_marked_rows: int
+    num_marked_values: int
     num_vectors: int
     num_tables: int
 
@@ -100,17 +106,14 @@ class PackedSizes:
     def num_bytes(self) -> int:
         """Serving bytes, maps and everything included."""
         width = self.embedding_dim
-        blocks = -(-self.num_sparse_rows // POINTER_ROWS)
-        pointers = blocks * (
-            POINTER_ROWS * count_dtype(width).itemsize + pointer_dtype(self.num_sparse_values).itemsize
-        )
         return (
             sum(columns * rows * 4 for columns, rows in self.dense)
             + self.num_patterns * width
             + self.num_sections * SECTION_BYTES
             + blocks_for(self.num_bits) * BLOCK_BYTES
-            + pointers
-            + self.num_sparse_values * (4 + column_dtype(width).itemsize)
+            + NumberedColumns.num_bytes(self.num_sparse_rows, self.num_sparse_values, width)
+            + MarkedColumns.num_blocks(self.num_marked_rows, width) * BLOCK_BYTES
+            + (self.num_sparse_values + self.num_marked_values) * 4
             + self.num_vectors * width * 4
             + (self.num_tables * 4 if self.num_vectors else 0)
         )
@@ -123,7 +126,8 @@ def packed_sizes(tables: Iterable[PackedTable], embedding_dim: int) -> PackedSiz
     for table in stored:
         for _, columns, rows in table.dense_rows():
             rows_of[sum(columns)] = rows_of.get(sum(columns), 0) + rows
-    sparse = [table for table in stored if table.columns is None]
+    sparse = [table for table in stored if table.columns is None and not table.is_marked]
+    marked = [table for table in stored if table.is_marked]
     return PackedSizes(
         embedding_dim=embedding_dim,
         dense=tuple(sorted(rows_of.items())),
@@ -134,6 +138,8 @@ def packed_sizes(tables: Iterable[PackedTable], embedding_dim: int) -> PackedSiz
         num_bits=sum(int(table.sections.num_bits.sum()) for table in stored),
         num_sparse_rows=sum(table.num_rows[0] for table in sparse),
         num_sparse_values=sum(table.num_values for table in sparse),
+        num_marked_rows=sum(table.num_rows[0] for table in marked),
+        num_marked_values=sum(table.num_values for table in marked),
         num_vectors=sum(table.needs_vector for table in stored),
         num_tables=len(stored),
     )
@@ -154,7 +160,7 @@ def patterns(tables: Iterable[PackedTable]) -> list[tuple[bool, ...]]:
 
 
 def packed_table(plan: TablePlan, *, dropped: str = "zero") -> PackedTable:
-    """The smallest form of one table: full, dense rows of the columns its groups keep, or sparse rows.
+    """The smallest form of one table: full, dense rows of the columns its groups keep, or rows of single values.
 
     Args:
         plan: what is kept. An id of which no value is kept is dropped.
@@ -172,14 +178,17 @@ def packed_table(plan: TablePlan, *, dropped: str = "zero") -> PackedTable:
     needs_vector = dropped == "vector" and sum(counts) < n
     candidates = [_full(n, width)]
     dense = row_sections(codes)
-    candidates.append(PackedTable(codes, dense, columns, tuple(counts), 0, False, needs_vector))
+    candidates.append(PackedTable(codes, dense, columns, tuple(counts), 0, needs_vector=needs_vector))
     if plan.kept_values is not None:
         single = codes if len(columns) == 1 else torch.where(codes >= 0, 0, DROPPED).to(torch.int16)
         sections = dense if len(columns) == 1 else row_sections(single)
-        candidates.append(PackedTable(single, sections, None, (sum(counts),), num_values, False, needs_vector))
-        if dropped == "zero":
-            # No map, a count of no values for dropped ids.
-            candidates.append(PackedTable(_every(n), one_section(), None, (n,), num_values, False, False))
+        for is_marked in (False, True):
+            rows = (sum(counts),)
+            candidates.append(PackedTable(single, sections, None, rows, num_values, False, needs_vector, is_marked))
+            if dropped == "zero":
+                # No map, and rows of no values for dropped ids.
+                every = (_every(n), one_section())
+                candidates.append(PackedTable(*every, None, (n,), num_values, is_marked=is_marked))
     return min(candidates, key=lambda candidate: candidate.num_bytes(width))
 
 
@@ -209,21 +218,6 @@ def check_dropped(dropped: str) -> None:
         raise ValueError(f"dropped must be one of {DROPPED_VECTORS}, got {dropped!r}")
 
 
-def column_dtype(embedding_dim: int) -> torch.dtype:
-    """Smallest dtype of a column's number."""
-    return torch.uint8 if embedding_dim <= 256 else torch.int16
-
-
-def count_dtype(embedding_dim: int) -> torch.dtype:
-    """Smallest dtype of a row's number of values."""
-    return torch.uint8 if embedding_dim <= 255 else torch.int16
-
-
-def pointer_dtype(num_values: int) -> torch.dtype:
-    """Smallest dtype of a position among values."""
-    return torch.int32 if num_values < 2**31 else torch.int64
-
-
 def _any_in_row(mask: Tensor) -> Tensor:
     """``mask.any(dim=1)`` of (n, D) bool; several times as fast, eight or four columns at a time."""
     width = mask.shape[1]
@@ -234,7 +228,7 @@ def _any_in_row(mask: Tensor) -> Tensor:
 
 
 def _full(num_embeddings: int, width: int) -> PackedTable:
-    return PackedTable(_every(num_embeddings), one_section(), ((True,) * width,), (num_embeddings,), 0, True, False)
+    return PackedTable(_every(num_embeddings), one_section(), ((True,) * width,), (num_embeddings,), 0, is_full=True)
 
 
 def _every(num_embeddings: int) -> Tensor:

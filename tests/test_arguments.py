@@ -59,8 +59,8 @@ def test_what_json_cannot_hold_is_remembered_as_such() -> None:
     [
         {"a": [1, 2.5, None, True, "x"], "b": {"c": []}},
         History("history", ("items",), ("item",)),
-        PackedSizes(8, ((4, 10), (8, 2)), 2, 3, 2, 1, 500, 0, 0, 1, 2),
-        [PackedSizes(8, (), 0, 1, 1, 1, 0, 7, 9, 0, 1)],
+        PackedSizes(8, ((4, 10), (8, 2)), 2, 3, 2, 1, 500, 0, 0, 0, 0, 1, 2),
+        [PackedSizes(8, (), 0, 1, 1, 1, 0, 7, 9, 3, 4, 0, 1)],
     ],
 )
 def test_values_come_back(value: object) -> None:

@@ -165,7 +165,7 @@ def test_nothing_kept_at_all_takes_a_section_a_table() -> None:
 
 
 def test_tables_that_would_not_shrink_stay_full() -> None:
-    mask = torch.rand(500, 8, generator=torch.Generator().manual_seed(0)) < 0.95
+    mask = torch.rand(500, 8, generator=torch.Generator().manual_seed(0)) < 0.98
     plan = CompressionPlan({"t_0": TablePlan(500, 8, kept_values=mask)}, source="hardly anything pruned")
     assert plan_bytes(plan) == 500 * 8 * 4 + 26 + 8
     collection = CompressedEmbeddingBagCollection.of_groups(tables_of(plan), [packed(plan, rows_of(plan))])
@@ -181,6 +181,14 @@ def test_a_sparse_value_takes_five_bytes_and_a_row_one_and_a_quarter() -> None:
     plan = CompressionPlan({"t_0": TablePlan(64_000, 64, kept_values=mask)}, source="by hand")
     per_row = 32_000 * 5 + 32_000 * 1.25
     assert plan_bytes(plan) == pytest.approx(per_row + 64_000 * 40 / 256, rel=0.001)
+
+
+def test_a_row_of_many_values_takes_a_bit_and_a_quarter_a_column() -> None:
+    """Four values of 16 in every row: a number each would be 4 bytes and more."""
+    mask = (torch.arange(64_000).unsqueeze(1) * 5 + torch.arange(16)) % 4 == 0
+    mask[:, :2] = ~mask[:, :2] & ~mask[:, 2:4]
+    plan = CompressionPlan({"t_0": TablePlan(64_000, 16, kept_values=mask)}, source="by hand")
+    assert plan_bytes(plan) == int(mask.sum()) * 4 + 64_000 * 16 * 40 / 256 + 26
 
 
 def test_sizes_of_other_tables_are_refused() -> None:
