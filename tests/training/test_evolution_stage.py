@@ -1,0 +1,87 @@
+"""The stages of OptEmbed on a small log: what they write, a budget, and going on after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recemb.plan import CompressionPlan
+from recemb.training.metrics_log import read_metrics
+from recemb.training.resume import config_to_train
+from recemb.training.run import train
+from tests.data.encoded import write_encoded
+from tests.training.test_stages import config_of
+
+TABLES = 3
+FULL_BYTES = (20 + 100 + 1000) * 8 * 4
+OPTIONS = ["embedding=optembed", "embedding.stages.1.generations=4", "embedding.method.thresholds.alpha=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("log") / "encoded"
+    write_encoded(root, rows=6000)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(config_of(data, run, *OPTIONS))
+    return run
+
+
+def figures_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "stages" / "1-search" / "stage.json").read_text())["figures"]
+
+
+def test_supernet_search_and_retraining_end_in_smaller_tables(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert [stage["name"] for stage in results["stages"]] == ["supernet", "search", "retrain"]
+    figures = figures_of(finished)
+    # What was planned is what is served.
+    assert figures["bytes"] == results["embedding"]["bytes"] < FULL_BYTES
+    plan = CompressionPlan.load(finished / "stages" / "1-search" / "plan")
+    assert len(plan.tables) == TABLES
+    for name, table in plan.tables.items():
+        widths = table.mask().sum(1).unique().tolist()
+        assert set(widths) <= {0, figures["widths"][name]}
+    assert sum(table.num_rows() for table in plan.tables.values()) == figures["kept_rows"]
+    lines = [line for line in read_metrics(finished / "stages" / "1-search") if line["split"] == "architecture"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert figures["auc"] == pytest.approx(lines[-1]["auc"], abs=1e-12)
+    assert (finished / "search.png").is_file()
+
+
+def test_a_killed_search_goes_on_to_the_same_plan(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "stages" / "2-retrain")
+    folder = run / "stages" / "1-search"
+    state = json.loads((folder / "evolution.json").read_text())
+    shutil.rmtree(folder)
+    folder.mkdir()
+    # As it was after the first generation, whose candidates were scored first.
+    state.update(generation=1, scores=state["scores"][:20], history=state["history"][:1])
+    (folder / "evolution.json").write_text(json.dumps(state))
+    arguments = {"resume": str(run), "stage": "search", "data": {"path": None, "synthetic": {"path": "log"}}}
+    train(config_to_train({**arguments, "paths": {}}, [f"resume={run}", "+stage=search"]), continues=True)
+    assert figures_of(run)["widths"] == figures_of(finished)["widths"]
+    again, before = (CompressionPlan.load(path / "stages" / "1-search" / "plan") for path in (run, finished))
+    for name, table in before.tables.items():
+        assert torch.equal(again.tables[name].mask(), table.mask())
+
+
+@pytest.mark.parametrize("name", ["optembed", "optembed_d"])
+def test_a_budget_is_met_closely(name: str, data: Path, tmp_path: Path) -> None:
+    options = [f"embedding={name}", "embedding.budget=5x", "embedding.stages.1.generations=2", "trainer.max_steps=10"]
+    train(config_of(data, tmp_path / "run", *options))
+    figures = figures_of(tmp_path / "run")
+    # A column of the largest table is 4,000 bytes.
+    assert FULL_BYTES / 5 - 4000 < figures["bytes"] <= FULL_BYTES / 5
