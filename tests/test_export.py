@@ -107,9 +107,7 @@ def test_predictions_that_differ_leave_nothing_behind(
         return model
 
     monkeypatch.setattr(exporting, "load", slightly_wrong)
-    with pytest.raises(
-        ValueError, match=r"must give the logits of the trained one within 1e-05; row \d+ of "
-    ):
+    with pytest.raises(ValueError, match=r"must give the logits of the trained one within 1e-05; row \d+ of "):
         export(export_config(run, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
