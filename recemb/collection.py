@@ -18,6 +18,7 @@ from recemb.id_checks import IdChecks
 from recemb.method import UNBOUNDED, CompressedTables, Method, method_class
 from recemb.methods.full import Full
 from recemb.optimizers import EmbeddingOptimizer
+from recemb.shared_features import select_keys, with_own_features
 
 
 class CompressedEmbeddingBagCollection(nn.Module):
@@ -37,8 +38,8 @@ class CompressedEmbeddingBagCollection(nn.Module):
             Switched off, a wrong id of a full table fails in the kernel, that of a hashed one reads some row.
 
     Raises:
-        ValueError: no tables, duplicate names, a feature named by two tables, a name TorchRec refuses later, unbounded
-            ids with a method that cannot hash.
+        ValueError: no tables, duplicate names, a feature named twice by one table, a name TorchRec refuses later,
+            unbounded ids with a method that cannot hash.
 
     Example:
         >>> from functools import partial
@@ -64,7 +65,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
         averaged = [table.name for table in tables if table.pooling == PoolingType.MEAN]
         if is_weighted and averaged:
             raise ValueError(f"tables {averaged}: per-id weights need sum pooling, got mean")
-        groups = make_groups(tables, method, full_below_rows)
+        groups = make_groups(with_own_features(tables), method, full_below_rows)
         for group in groups if is_weighted else []:
             group.expect_weights()
         self._hold(tables, groups, is_weighted, check_ids)
@@ -84,7 +85,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
             ValueError: as the constructor, and groups of other tables.
         """
         check_tables(tables)
-        _check_groups(tables, groups)
+        _check_groups(with_own_features(tables), groups)
         for group in groups if is_weighted else []:
             group.expect_weights()
         collection = cls.__new__(cls)
@@ -103,9 +104,11 @@ class CompressedEmbeddingBagCollection(nn.Module):
         self._tables = list(tables)
         self.groups = nn.ModuleList(groups)
         self._group_features = [group.feature_names for group in groups]
-        self._feature_names = [name for table in tables for name in table.feature_names]
+        own = with_own_features(tables)
+        self._keys = [name for table in tables for name in table.feature_names]
+        self._feature_names = [name for table in own for name in table.feature_names]
         self._dims = [table.embedding_dim for table in tables for _ in table.feature_names]
-        self._ids = IdChecks(tables) if check_ids else None
+        self._ids = IdChecks(own) if check_ids else None
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The logical tables, as given."""
@@ -124,7 +127,8 @@ class CompressedEmbeddingBagCollection(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Pooled vectors, keyed by feature: values (B, sum of embedding_dims) float32.
+        """Pooled vectors, keyed by feature (``feature@table`` for one of several tables): values (B, sum of
+        embedding_dims) float32.
 
         Args:
             features: int64 ids under at least the keys of the tables, in any order.
@@ -136,7 +140,7 @@ class CompressedEmbeddingBagCollection(nn.Module):
         if (features.weights_or_none() is not None) != self._is_weighted:
             came = "none" if self._is_weighted else "some"
             raise ValueError(f"KeyedJaggedTensor: weights must come exactly where is_weighted, got {came}")
-        features = select_keys(features, self._feature_names)
+        features = select_keys(features, self._keys, self._feature_names)
         if self._ids is not None:
             self._ids.check(features)
         # Tables stay float32 where the dense layers run under autocast, products inside methods included.
@@ -183,7 +187,7 @@ class CompressedEmbeddingCollection(nn.Module):
         super().__init__()
         bags = _as_bags(tables)
         check_tables(bags)
-        self._hold(tables, make_groups(bags, method, full_below_rows, unpooled=True), check_ids)
+        self._hold(tables, make_groups(with_own_features(bags), method, full_below_rows, unpooled=True), check_ids)
 
     @classmethod
     def of_groups(
@@ -196,7 +200,7 @@ class CompressedEmbeddingCollection(nn.Module):
         """
         bags = _as_bags(tables)
         check_tables(bags)
-        _check_groups(bags, groups)
+        _check_groups(with_own_features(bags), groups)
         collection = cls.__new__(cls)
         nn.Module.__init__(collection)
         collection._hold(tables, groups, check_ids)
@@ -206,8 +210,10 @@ class CompressedEmbeddingCollection(nn.Module):
         self._tables = list(tables)
         self.groups = nn.ModuleList(groups)
         self._group_features = [group.feature_names for group in groups]
-        self._feature_names = [name for table in tables for name in table.feature_names]
-        self._ids = IdChecks(_as_bags(tables)) if check_ids else None
+        own = with_own_features(_as_bags(tables))
+        self._keys = [name for table in tables for name in table.feature_names]
+        self._feature_names = [name for table in own for name in table.feature_names]
+        self._ids = IdChecks(own) if check_ids else None
 
     def embedding_configs(self) -> list[EmbeddingConfig]:
         """The logical tables, as given."""
@@ -223,7 +229,7 @@ class CompressedEmbeddingCollection(nn.Module):
         Raises:
             ValueError: as ``CompressedEmbeddingBagCollection.forward``.
         """
-        features = select_keys(features, self._feature_names)
+        features = select_keys(features, self._keys, self._feature_names)
         if self._ids is not None:
             self._ids.check(features)
         output: dict[str, JaggedTensor] = {}
@@ -326,7 +332,6 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
     if not tables:
         raise ValueError("tables must hold at least one EmbeddingBagConfig, got none")
     names: set[str] = set()
-    owners: dict[str, str] = {}
     for table in tables:
         if table.name in names:
             raise ValueError(f"table {table.name!r}: table names must be unique, got it twice")
@@ -345,25 +350,5 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
                 f"table {table.name!r}: embedding_dim must be a multiple of 4 (fused kernels), "
                 f"got {table.embedding_dim}"
             )
-        for feature in table.feature_names:
-            if feature in owners:
-                raise ValueError(
-                    f"feature {feature!r}: one table must own a feature, "
-                    f"got tables {owners[feature]!r} and {table.name!r}"
-                )
-            owners[feature] = table.name
-
-
-def select_keys(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
-    """``features`` with exactly the keys ``names`` in that order; free where it has them already.
-
-    Raises:
-        ValueError: naming the keys that are missing and those that came.
-    """
-    keys = features.keys()
-    if keys == names:
-        return features
-    positions = {key: position for position, key in enumerate(keys)}
-    if missing := [name for name in names if name not in positions]:
-        raise ValueError(f"KeyedJaggedTensor: keys {missing} are required by the tables, got {keys}")
-    return features.permute([positions[name] for name in names])
+        if len(set(table.feature_names)) < len(table.feature_names):
+            raise ValueError(f"table {table.name!r}: features must be named once, got {table.feature_names}")

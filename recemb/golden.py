@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from recemb.hashing import hash_to_slots, salt
+from recemb.shared_features import with_own_features
 
 _IDS = (0, 1, 2**24 + 1, 2**40 + 7, 2**62 + 11)
 _SLOTS = 1_000_003
@@ -54,12 +55,22 @@ def vector_answers(collection: CompressedEmbeddingBagCollection | CompressedEmbe
         if isinstance(collection, CompressedEmbeddingBagCollection)
         else collection.embedding_configs()
     )
-    ids = {name: _golden_ids(table.num_embeddings) for table in tables for name in table.feature_names}
+    sizes: dict[str, int] = {}
+    for table in tables:
+        for name in table.feature_names:
+            # Ids that every table of the feature has.
+            sizes[name] = min(table.num_embeddings, sizes.get(name, table.num_embeddings))
+    ids = {name: _golden_ids(size) for name, size in sizes.items()}
+    outputs = {
+        own: name
+        for table, with_own in zip(tables, with_own_features(tables), strict=True)
+        for name, own in zip(table.feature_names, with_own.feature_names, strict=True)
+    }
     answers = {}
     for name, vectors in _vectors(collection, ids).items():
         double = vectors.to(torch.float64)
         answers[name] = {
-            "ids": ids[name],
+            "ids": ids[outputs[name]],
             "sums": double.sum(dim=1).tolist(),
             "lengths": torch.linalg.vector_norm(double, dim=1).tolist(),
         }
@@ -114,8 +125,8 @@ def _vectors(
         for module, training in modes.items():
             module.training = training
     if isinstance(output, KeyedTensor):
-        return {name: output[name] for name in ids}
-    return {name: output[name].values() for name in ids}
+        return {name: output[name] for name in output.keys()}  # noqa: SIM118
+    return {name: vectors.values() for name, vectors in output.items()}
 
 
 def _is_weighted(collection: nn.Module) -> bool:

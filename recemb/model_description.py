@@ -17,6 +17,7 @@ from torchrec.modules.embedding_configs import (
 from recemb.arguments import MODULE, TARGET, Unwritable, class_path, decode, import_class
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from recemb.method import CompressedTables
+from recemb.shared_features import with_own_features
 
 Collection = CompressedEmbeddingBagCollection | CompressedEmbeddingCollection
 _COLLECTIONS = (CompressedEmbeddingBagCollection, CompressedEmbeddingCollection)
@@ -87,17 +88,18 @@ def _describe_collection(collection: Collection) -> dict[str, Any]:
 
 def _build_collection(cls: type, description: Mapping[str, Any]) -> Collection:
     pooled = issubclass(cls, CompressedEmbeddingBagCollection)
-    tables = {item["name"]: _build_table(item) for item in description["tables"]}
+    tables = [_build_table(item) for item in description["tables"]]
+    own = {table.name: table for table in with_own_features(tables)}
     groups = []
     for item in description["groups"]:
         group_class = import_class(item[TARGET])
         if not issubclass(group_class, CompressedTables):
             raise ValueError(f"{item[TARGET]} must be a method of recemb")
         arguments = {name: decode(value) for name, value in item["arguments"].items()}
-        groups.append(group_class([tables[name] for name in item["tables"]], **arguments))
+        groups.append(group_class([own[name] for name in item["tables"]], **arguments))
     if pooled:
         return CompressedEmbeddingBagCollection.of_groups(
-            list(tables.values()),
+            tables,
             groups,
             is_weighted=description["is_weighted"],
             check_ids=description["checks_ids"],
@@ -109,7 +111,7 @@ def _build_collection(cls: type, description: Mapping[str, Any]) -> Collection:
             embedding_dim=table.embedding_dim,
             feature_names=table.feature_names,
         )
-        for table in tables.values()
+        for table in tables
     ]
     return CompressedEmbeddingCollection.of_groups(unpooled, groups, check_ids=description["checks_ids"])
 

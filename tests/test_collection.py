@@ -90,7 +90,7 @@ def test_float_ids_and_missing_keys_are_refused() -> None:
         ([table("a.b", 5)], "must not hold '.' or '@'"),
         ([table("a", 5, dim=6)], "embedding_dim must be a multiple of 4 .*, got 6"),
         ([table("a", 2**63)], "num_embeddings must be at most 9223372036854775807"),
-        ([table("a", 5), table("b", 5, features=["a"])], "feature 'a': one table must own a feature"),
+        ([table("a", 5, features=["a", "a"])], "'t_a': features must be named once"),
         ([table("a", UNBOUNDED)], "unbounded .hashed. ids, which Full cannot take"),
     ],
 )

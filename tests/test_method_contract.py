@@ -13,11 +13,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.bags import Bags
-from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups, select_keys
+from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
 from recemb.memory import estimate_memory, measure_memory
 from recemb.method import Method
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
+from recemb.shared_features import select_keys
 from tests.embedding_cases import (
     KEYS,
     MULTI_HOT,
