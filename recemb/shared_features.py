@@ -36,7 +36,7 @@ def select_keys(features: KeyedJaggedTensor, names: list[str], own_names: list[s
     keys = features.keys()
     if keys != names:
         positions = {key: position for position, key in enumerate(keys)}
-        if missing := [name for name in names if name not in positions]:
+        if missing := [name for name in dict.fromkeys(names) if name not in positions]:
             raise ValueError(f"KeyedJaggedTensor: keys {missing} are required by the tables, got {keys}")
         features = features.permute([positions[name] for name in names])
     if own_names is None or own_names == names:
