@@ -12,14 +12,15 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from recemb.comparison.cells import train_cell, try_setting
+from recemb.comparison.cells import composed, train_cell, try_setting
+from recemb.config import TrainConfig
 from recemb.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -124,23 +125,40 @@ class Study:
         Args:
             jobs: cells at a time, a process and a thread each.
             only: regular expression that the names of the runs to train must match.
+
+        Raises:
+            ValueError: a run whose overrides make no config; before anything is trained.
         """
         names = [name for name in self.spec.runs if re.search(only, name)]
+        for name in names:
+            # A misspelt key of the last run is an error now, not after hours of the others.
+            TrainConfig.parse(composed([*self._overrides(name, [], 0), "paths.run=nowhere"]))
         # One process a job for all its cells: imports would take longer than a small cell.
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            trials = {
-                pool.submit(try_setting, self._overrides(name, setting, self.spec.tune_seed)): (name, setting)
-                for name in names
-                for setting in self._untried(name)
-            }
-            for future in as_completed(trials):
-                self._keep_trial(*trials[future], future.result())
-            cells = {
-                pool.submit(train_cell, self._overrides(name, self.best_setting(name), seed)): (name, seed)
-                for name, seed in self.missing(names)
-            }
-            for future in as_completed(cells):
-                self._keep_cell(*cells[future], future.result())
+            try:
+                self._tune(pool, names)
+                self._train(pool, names)
+            except BaseException:
+                # Else the cells that wait would be trained before the error is seen, and lost.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _tune(self, pool: Executor, names: Sequence[str]) -> None:
+        trials = {
+            pool.submit(try_setting, self._overrides(name, setting, self.spec.tune_seed)): (name, setting)
+            for name in names
+            for setting in self._untried(name)
+        }
+        for future in as_completed(trials):
+            self._keep_trial(*trials[future], future.result())
+
+    def _train(self, pool: Executor, names: Sequence[str]) -> None:
+        cells = {
+            pool.submit(train_cell, self._overrides(name, self.best_setting(name), seed)): (name, seed)
+            for name, seed in self.missing(names)
+        }
+        for future in as_completed(cells):
+            self._keep_cell(*cells[future], future.result())
 
     def missing(self, names: Sequence[str]) -> list[tuple[str, int]]:
         """(run, seed) of the cells that were not trained yet, all runs' first seeds first."""

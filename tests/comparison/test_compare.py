@@ -131,3 +131,11 @@ def test_runs_and_seeds_may_be_added_to_a_study(tmp_path: Path) -> None:
     assert Study.open(tmp_path).missing(["full"]) == [("full", 1), ("full", 2)]
     with pytest.raises(ValueError, match="its run 'full' is"):
         Study(tmp_path, StudySpec({"full": ["embedding=unified"]}, [1]))
+
+
+def test_a_run_that_makes_no_config_is_found_before_any_training(data: Path, tmp_path: Path) -> None:
+    runs = {"full": ["embedding=full"], "wrong": ["embedding=full", "embedding.widht=3"]}
+    study = Study(tmp_path, StudySpec(runs, [1]), [f"data.path={data}"])
+    with pytest.raises(Exception, match="widht"):
+        study.run(jobs=1)
+    assert list(study.cells()) == []
