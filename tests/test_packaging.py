@@ -9,9 +9,11 @@ import sys
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import recemb
 from recemb import command_line, versions
 
 ROOT = Path(__file__).parents[1]
@@ -117,13 +119,18 @@ def test_readme_names_the_commands_and_the_versions() -> None:
         assert re.search(rf"{name}[^\n]*{re.escape(minor)}", readme, re.IGNORECASE), name
 
 
-def test_readme_examples_run() -> None:
+def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        names: dict[str, object] = {}
+    assert len(examples) == 3
+    monkeypatch.chdir(tmp_path)
+    serving, built, compressed = examples
+    # What is served has to be trained and saved first.
+    for example in (built, compressed, serving):
+        names: dict[str, Any] = {}
         exec(example, names)
         assert type(names["model"]).__name__ == "DLRM"
+        if example is built:
+            recemb.save(recemb.convert(names["model"]), "models/ctr")
 
 
 def test_configs_are_found_beside_the_package() -> None:

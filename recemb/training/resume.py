@@ -42,7 +42,9 @@ def config_to_train(config: dict[str, Any], overrides: Sequence[str]) -> dict[st
                 "Leave the other overrides out, or begin a new run"
             )
     stored["paths"]["run"] = str(path.resolve())
-    stored["stage"] = config.get("stage")
+    stored.pop("stage", None)
+    if config.get("stage") is not None:
+        stored["stage"] = config["stage"]
     return stored
 
 
