@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from recemb.comparison.summary import RunSummary
+from recemb.figures import bytes_formatter, format_bytes, save_figure
 
 # Distinct in print and for the colour-blind; markers tell the second round of colours from the first.
 _COLORS = ("#1f5fa8", "#d9772b", "#2e8b57", "#a03060", "#6a4fb3", "#8c6d1f", "#1b9e9e", "#c44e52", "#555b66", "#b58900")
@@ -75,12 +75,12 @@ def components_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> 
         shares = [size / run.serving_bytes for size, run in zip(sizes, trained, strict=True)]
         axes.barh(places, shares, left=left, color=color, label=name)
         left = [before + share for before, share in zip(left, shares, strict=True)]
-    axes.set_yticks(places, [f"{run.name}  {_bytes(run.serving_bytes)}" for run in trained], fontsize=8)
+    axes.set_yticks(places, [f"{run.name}  {format_bytes(run.serving_bytes)}" for run in trained], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xlabel="share of the serving bytes; beyond 1: in training only", title=title)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
@@ -88,7 +88,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set(xlabel=x, ylabel=y, title=title, xscale="log")
     axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    axes.xaxis.set_major_formatter(bytes_formatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(color=_GRID)
     axes.set_axisbelow(True)
@@ -122,21 +122,4 @@ def _lines(
 
 def _finish(figure: Figure, axes: Axes, path: Path) -> None:
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _save(figure, path)
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=130)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
+from recemb.figures import bytes_formatter, format_bytes, save_figure
 from recemb.memory.placement import Placement
 from recemb.memory.report import MemoryReport
 
@@ -40,8 +39,8 @@ def memory_plot(memory: MemoryReport, placement: Placement | None, path: Path, *
     _bars(panels[0], names, sizes, side_by_side=True)
     panels[0].set_xscale("log")
     # After the scale, which brings a formatter of its own.
-    panels[0].xaxis.set_major_formatter(_AS_BYTES)
-    panels[0].set_title(f"physical tables: {_bytes(memory.table_bytes)}", loc="left", fontsize=10)
+    panels[0].xaxis.set_major_formatter(bytes_formatter())
+    panels[0].set_title(f"physical tables: {format_bytes(memory.table_bytes)}", loc="left", fontsize=10)
     panels[0].set_xlabel("bytes (log scale)")
     if placement is not None:
         ranks = [placement.bytes_of_rank(rank) for rank in range(num_ranks)]
@@ -54,12 +53,7 @@ def memory_plot(memory: MemoryReport, placement: Placement | None, path: Path, *
             panels[1].set_xlabel("bytes; dashed: memory of one GPU")
     # Below the bars of the smallest tables there is room.
     panels[0].legend(frameon=False, fontsize=8, loc="lower right")
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=130)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, path)
 
 
 def _bars(axes: Axes, names: list[str], sizes: list[tuple[int, int]], *, side_by_side: bool) -> None:
@@ -74,18 +68,7 @@ def _bars(axes: Axes, names: list[str], sizes: list[tuple[int, int]], *, side_by
         axes.barh(places, state, left=rows, color=_ORANGE, label="optimizer state")
     axes.set_yticks(places, names, fontsize=8)
     axes.invert_yaxis()
-    axes.xaxis.set_major_formatter(_AS_BYTES)
+    axes.xaxis.set_major_formatter(bytes_formatter())
     axes.margins(y=0.02)
     axes.grid(axis="x", color=_GRID)
     axes.set_axisbelow(True)
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-_AS_BYTES = FuncFormatter(lambda value, _: _bytes(value))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
+from recemb.figures import bytes_formatter, format_bytes, save_figure
 from recemb.memory import MemoryReport
 
 _BLUE, _ORANGE, _LIGHT = "#1f5fa8", "#d9772b", "#c9ced6"
@@ -73,7 +71,7 @@ def table_bytes_plot(memory: MemoryReport, path: Path) -> None:
         axes.tick_params(axis="y", labelsize=8)
         axes.grid(axis="x", color="#e8ebee")
         axes.set_axisbelow(True)
-    panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    panels[-1].xaxis.set_major_formatter(bytes_formatter())
     panels[-1].set_xlabel("bytes (log scale)")
     save_figure(figure, path)
 
@@ -84,22 +82,3 @@ def _largest(sizes: dict[str, int]) -> dict[str, int]:
     if rest := ordered[_MOST_TABLES:]:
         shown[f"{len(rest)} smaller"] = sum(size for _, size in rest)
     return shown
-
-
-def format_bytes(value: float) -> str:
-    """``1_234_567 -> "1.23 MB"``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png", dpi=130)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from recemb.figures import format_bytes, save_figure
 from recemb.plan import CompressionPlan
-from recemb.training.plots import format_bytes, save_figure
 
 _BLUE, _LIGHT = "#1f5fa8", "#c9ced6"
 _COLORS = ("#8a929c", "#d9772b", "#1f5fa8", "#3a8f5c", "#8b5aa8", "#b0413e")
