@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -131,6 +132,13 @@ def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert type(names["model"]).__name__ == "DLRM"
         if example is built:
             recemb.save(recemb.convert(names["model"]), "models/ctr")
+
+
+def test_readmes_results_are_those_of_the_committed_cells() -> None:
+    command = [sys.executable, "experiments/readme_table.py", "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_configs_are_found_beside_the_package() -> None:
