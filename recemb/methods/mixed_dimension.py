@@ -255,7 +255,8 @@ def choose_widths(
     if rounding == "power_of_two":
         widths = [width for width in widths if width & (width - 1) == 0 or width == dim]
     # The scale at which the rule first rounds a table's width up to each next one. Tables grow in this order, whatever
-    # the budget, so a larger budget never takes from a table.
+    # the budget. A larger budget first differs where it takes a step that a smaller one cannot, so it never takes fewer
+    # floats in all; a table may get less where another's step uses what had been left over for it.
     steps = sorted(
         (_boundary(low, high, rounding) * size**temperature, size, index, high)
         for index, size in enumerate(num_embeddings)
