@@ -2,6 +2,9 @@
 
     plan --Pruned--> trains --convert()--> PackedTables, which serves
 
+Training behind a fixed mask: Han et al., "Learning both Weights and Connections for Efficient Neural Networks",
+arXiv:1506.02626; after rewinding: Frankle and Carbin, "The Lottery Ticket Hypothesis", arXiv:1803.03635.
+
 Shapes: N ids, B batch, F features, D embedding_dim, T tables, R rows of all tables.
 """
 
