@@ -23,6 +23,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from recemb.method import WIDEST_ROW
 from recemb.row_update import RowwiseAdagrad, UpdatingLookup, fbgemm_stalls, occurrence_gradients
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class FusedTables(nn.Module):
         device: where the tables lie.
 
     Raises:
-        ValueError: a width that is no multiple of 4, tables that are not float32, per-id weights with mean pooling.
+        ValueError: a width that is no multiple of 4 or above ``WIDEST_ROW``, tables that are not float32, per-id
+            weights with mean pooling.
     """
 
     def __init__(self, collection: EmbeddingBagCollection, optimizer: EmbeddingOptimizer, device: torch.device) -> None:
@@ -51,10 +53,10 @@ class FusedTables(nn.Module):
             if self._is_weighted and config.pooling == PoolingType.MEAN:
                 # TorchRec's plain collection refuses it at the first call, and fbgemm's gradient is another function's.
                 raise ValueError(f"table {config.name!r}: per-id weights need sum pooling, got mean")
-            if config.embedding_dim % 4:
+            if config.embedding_dim % 4 or config.embedding_dim > WIDEST_ROW:
                 raise ValueError(
-                    f"table {config.name!r}: embedding_dim must be a multiple of 4 (fused kernels), "
-                    f"got {config.embedding_dim}"
+                    f"table {config.name!r}: embedding_dim must be a multiple of 4 up to {WIDEST_ROW:,} "
+                    f"(fused kernels), got {config.embedding_dim:,}"
                 )
         self._base_rate = optimizer.learning_rate
         self._keys = [name for config in self._configs for name in config.feature_names]

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # num_embeddings of a table whose ids are 64-bit hashes in [0, 2**63): no vocabulary, for methods that hash.
 UNBOUNDED = 2**63 - 1
+# Values of the widest row: fbgemm's CPU kernels keep copies of a row on the stack, and 32,768 values end the process.
+WIDEST_ROW = 16_384
 
 # A method's class, or a functools.partial of it with its options bound: call it with the logical tables.
 Method = Callable[[Sequence[EmbeddingBagConfig]], "CompressedTables"]
@@ -333,12 +335,13 @@ def physical_table(
     Args:
         name: unique in the model; no "." or "@" (TorchRec).
         num_embeddings: rows.
-        embedding_dim: width, a multiple of 4.
+        embedding_dim: width, a multiple of 4 up to ``WIDEST_ROW``.
         init_bound: initial values are U(-init_bound, init_bound), or a function that fills the weight in place.
     """
-    if embedding_dim % 4:
+    if embedding_dim % 4 or embedding_dim > WIDEST_ROW:
         raise ValueError(
-            f"physical table {name!r}: embedding_dim must be a multiple of 4 (fused kernels), got {embedding_dim}"
+            f"physical table {name!r}: embedding_dim must be a multiple of 4 up to {WIDEST_ROW:,} (fused kernels), got "
+            f"{embedding_dim:,}"
         )
     init = init_bound if callable(init_bound) else functools.partial(nn.init.uniform_, a=-init_bound, b=init_bound)
     return EmbeddingBagConfig(

@@ -14,6 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.fused import FusedTables
+from recemb.method import WIDEST_ROW
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
@@ -189,9 +190,23 @@ def test_weights_of_averaged_bags_are_refused() -> None:
         prepare(EmbeddingBagCollection(tables=small_tables(), is_weighted=True), EmbeddingOptimizer(), ADAM)
 
 
-def test_widths_that_fused_kernels_lack_are_refused() -> None:
-    with pytest.raises(ValueError, match="'t_a': embedding_dim must be a multiple of 4"):
-        prepare(EmbeddingBagCollection(tables=[table("a", 6, dim=6)]), EmbeddingOptimizer(), ADAM)
+@pytest.mark.parametrize("width", [6, WIDEST_ROW + 4])
+def test_widths_that_fused_kernels_lack_are_refused(width: int) -> None:
+    with pytest.raises(ValueError, match=rf"'t_a': embedding_dim must be a multiple of 4 up to 16,384 .*got {width:,}"):
+        prepare(EmbeddingBagCollection(tables=[table("a", 6, dim=width)]), EmbeddingOptimizer(), ADAM)
+
+
+@pytest.mark.parametrize("name", ["sgd", "rowwise_adagrad", "adagrad"])
+def test_the_widest_row_trains(name: str) -> None:
+    """Rows twice as wide end the process: fbgemm keeps copies of one on the stack."""
+    collection = EmbeddingBagCollection(tables=[table("a", 3, dim=WIDEST_ROW)])
+    before = collection.embedding_bags["t_a"].weight.detach().clone()
+    model, _ = prepare(collection, EmbeddingOptimizer(name, 0.5), ADAM)
+    model(bags(["a"], [[[1], [1, 2]]])).values().sum().backward()
+    # Gradients of 2 and 1 for all values of rows 1 and 2: Adagrads move by their sign at first.
+    steps = torch.tensor([0.0, 1.0, 0.5] if name == "sgd" else [0.0, 0.5, 0.5])
+    after = model.state_dict()["embedding_bags.t_a.weight"]
+    torch.testing.assert_close(before - after, steps.unsqueeze(1).expand_as(before), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recemb.comparison.cells import composed, train_cell, try_setting
 from recemb.config import TrainConfig
@@ -26,6 +27,7 @@ from recemb.files import write_json
 logger = logging.getLogger(__name__)
 
 SPEC_FILE = "study.json"
+_Key = TypeVar("_Key")
 _PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numpy", "pyarrow")
 
 
@@ -128,6 +130,7 @@ class Study:
 
         Raises:
             ValueError: a run whose overrides make no config; before anything is trained.
+            RuntimeError: a process was killed; those that it may have trained are named.
         """
         names = [name for name in self.spec.runs if re.search(only, name)]
         for name in names:
@@ -136,29 +139,29 @@ class Study:
         # One process a job for all its cells: imports would take longer than a small cell.
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             try:
-                self._tune(pool, names)
-                self._train(pool, names)
+                self._tune(pool, names, jobs)
+                self._train(pool, names, jobs)
             except BaseException:
                 # Else the cells that wait would be trained before the error is seen, and lost.
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _tune(self, pool: Executor, names: Sequence[str]) -> None:
+    def _tune(self, pool: Executor, names: Sequence[str], jobs: int) -> None:
         trials = {
             pool.submit(try_setting, self._overrides(name, setting, self.spec.tune_seed)): (name, setting)
             for name in names
             for setting in self._untried(name)
         }
-        for future in as_completed(trials):
-            self._keep_trial(*trials[future], future.result())
+        for (name, setting), result in _results(trials, jobs):
+            self._keep_trial(name, setting, result)
 
-    def _train(self, pool: Executor, names: Sequence[str]) -> None:
+    def _train(self, pool: Executor, names: Sequence[str], jobs: int) -> None:
         cells = {
             pool.submit(train_cell, self._overrides(name, self.best_setting(name), seed)): (name, seed)
             for name, seed in self.missing(names)
         }
-        for future in as_completed(cells):
-            self._keep_cell(*cells[future], future.result())
+        for (name, seed), result in _results(cells, jobs):
+            self._keep_cell(name, seed, result)
 
     def missing(self, names: Sequence[str]) -> list[tuple[str, int]]:
         """(run, seed) of the cells that were not trained yet, all runs' first seeds first."""
@@ -210,6 +213,30 @@ class Study:
 
     def _path(self, name: str, seed: int) -> Path:
         return self.results / f"{name}-seed{seed}.json"
+
+
+def _results(futures: Mapping[Future[dict[str, Any]], _Key], jobs: int) -> Iterator[tuple[_Key, dict[str, Any]]]:
+    """What each training is and came to, as they end.
+
+    Args:
+        futures: in the order in which they were submitted.
+        jobs: processes.
+
+    Raises:
+        RuntimeError: a process was ended from outside; it says which trainings were under way.
+    """
+    waiting = dict(futures)
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+            del waiting[future]
+    except BrokenProcessPool as error:
+        # Trainings begin in order; those of a broken pool all fail at once.
+        under_way = list(waiting.values())[:jobs]
+        raise RuntimeError(
+            f"a process of the study ended without a word (out of memory, killed?) while {under_way} trained; cells "
+            "that have a result are kept"
+        ) from error
 
 
 def _versions() -> dict[str, str]:

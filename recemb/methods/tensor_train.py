@@ -27,7 +27,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
 from recemb.distinct import Distinct
-from recemb.method import CompressedTables, physical_table
+from recemb.method import WIDEST_ROW, CompressedTables, physical_table
 from recemb.stacked import first_rows, per_feature, stacked_table, start_variance
 
 # The sampled Gaussian keeps draws at least this far from 0, in standard deviations.
@@ -47,12 +47,14 @@ class TensorTrain(CompressedTables):
         tables: the logical tables.
         rank: R = S. A step takes time in proportion to R * S: the paper uses 8 to 64.
         num_parameters: floats of cores and full tables in all, instead of rank; what a byte budget turns. Among pairs
-            of nearly equal ranks R and S the one that comes nearest is taken.
+            of nearly equal ranks R and S the one that comes nearest is taken. Ranks whose middle rows of ``d2 * R * S``
+            floats exceed ``recemb.method.WIDEST_ROW`` (about 90 at embedding_dim 16) are not, so a budget that would
+            pay for more is not used up.
         merge_ids: compose each distinct id of a batch once. False composes every id by itself, with the same result;
             for measuring what merging saves.
 
     Raises:
-        ValueError: both or neither of rank and num_parameters, or one of them below 1.
+        ValueError: both or neither of rank and num_parameters, one of them below 1, or a rank of too wide rows.
 
     Example:
         >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
@@ -247,6 +249,7 @@ def _pairs_of_ranks(sizes: tuple[int, ...], dim: int) -> tuple[npt.NDArray[np.in
         for second in range(max(1, first - 2 - first // 4), min(largest, first + 2 + first // 4) + 1)
     ]
     ranks = np.array(sorted(pairs, key=lambda pair: abs(pair[0] - pair[1])), dtype=np.int64)
+    ranks = ranks[d2 * ranks[:, 0] * ranks[:, 1] <= WIDEST_ROW]
     first, second = ranks.T
     widths = [-(-width // 4) * 4 for width in (d1 * first, first * d2 * second, second * d3)]
     floats = np.zeros(len(ranks), np.int64)

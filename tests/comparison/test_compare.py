@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recemb.comparison.cells import composed
-from recemb.comparison.study import Study, StudySpec
+from recemb.comparison.study import Study, StudySpec, _results
 from recemb.training import run as run_module
 from tests.data.encoded import write_encoded
 
@@ -139,3 +141,18 @@ def test_a_run_that_makes_no_config_is_found_before_any_training(data: Path, tmp
     with pytest.raises(Exception, match="widht"):
         study.run(jobs=1)
     assert list(study.cells()) == []
+
+
+def _ended_by(code: int) -> dict[str, Any]:
+    if code:
+        os._exit(code)
+    return {"test": 1}
+
+
+def test_a_process_that_is_killed_names_what_it_trained() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        futures = {pool.submit(_ended_by, code): name for name, code in [("good", 0), ("fatal", 9), ("later", 0)]}
+        results = _results(futures, 1)
+        assert next(results) == ("good", {"test": 1})
+        with pytest.raises(RuntimeError, match=r"ended without a word .* while \['fatal'\] trained"):
+            next(results)

@@ -15,7 +15,14 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.compression import compress_
 from recemb.memory import estimate_memory
-from recemb.methods.tensor_train import TensorTrain, factorise_columns, factorise_rows, tensor_train_svd
+from recemb.method import WIDEST_ROW
+from recemb.methods.tensor_train import (
+    TensorTrain,
+    choose_ranks,
+    factorise_columns,
+    factorise_rows,
+    tensor_train_svd,
+)
 from tests.embedding_cases import BIG, MULTI_HOT, SINGLE, bags, small_tables, table
 from tests.methods.plain import all_vectors, check_batch, group_of, rows_of
 
@@ -179,3 +186,12 @@ def test_options_are_checked() -> None:
         TensorTrain([table("a", 10)], num_parameters=0)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         TensorTrain([table("a", 10)], rank=0)
+
+
+def test_ranks_end_where_kernels_do() -> None:
+    # A budget of half of 5 million rows of 16 would pay for middle rows of 58,708 values.
+    first, second = choose_ranks((5_000_000,), 16, 40_000_000)
+    _, d2, _ = factorise_columns(16)
+    assert d2 * first * second <= WIDEST_ROW < d2 * (first + 1) * (second + 1)
+    with pytest.raises(ValueError, match=r"'tensor_train__1': embedding_dim must be .* up to 16,384 .*, got 20,000"):
+        TensorTrain([table("a", 5_000_000, dim=16)], rank=100)
