@@ -3,6 +3,7 @@
     python experiments/run_study.py experiments/synthetic --jobs 2
     python experiments/run_study.py experiments/criteo_head80k data.path=FOLDER
     python experiments/run_study.py experiments/synthetic --table    only the table, from the committed results
+    python experiments/run_study.py experiments/synthetic --small    every run once for a few steps, results thrown away
 
 For studies whose runs are listed one by one; ``python -m recemb.compare`` makes those of methods times budgets. A study
 is a folder with ``runs.yaml``:
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from omegaconf import OmegaConf
 from recemb.comparison.study import Study, StudySpec
 from recemb.comparison.summary import summaries, table
 
+# On top of a study's own settings: shows that its runs still train and are evaluated, says nothing about what they find.
+SMALL = ("trainer.epochs=1", "trainer.max_steps=4", "trainer.validate_every_steps=null")
 BEGIN, END = "<!-- table: written by experiments/run_study.py -->", "<!-- end of table -->"
 
 
@@ -38,9 +43,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each")
     parser.add_argument("--only", default="", help="only runs whose name matches this regular expression")
     parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--small", action="store_true", help="train every run for 4 steps, keep nothing")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("recemb.comparison").setLevel(logging.INFO)
+    if arguments.small:
+        run_small(arguments.study, arguments.overrides, arguments.jobs, arguments.only)
+        return
     study = Study(arguments.study, spec_of(arguments.study), arguments.overrides)
     if not arguments.table:
         study.run(arguments.jobs, arguments.only)
@@ -57,6 +66,16 @@ def spec_of(folder: Path) -> StudySpec:
         grid={key: list(values) for key, values in content.get("tune", {}).items()},
         tune_seed=int(content.get("tune_seed", 0)),
     )
+
+
+def run_small(folder: Path, overrides: list[str], jobs: int, only: str) -> None:
+    """Every run of a study once, for a few steps, in a folder that is thrown away."""
+    spec = spec_of(folder)
+    runs = {name: [*values, *SMALL] for name, values in spec.runs.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        study = Study(Path(scratch) / folder.name, replace(spec, runs=runs, seeds=[1], grid={}), overrides)
+        study.run(jobs, only)
+        print(table(summaries(study)))
 
 
 def write_table(study: Study) -> None:
