@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from recemb.comparison.study import Study, StudySpec
 from recemb.comparison.summary import summaries, table
 
-# On top of a study's own settings: shows that its runs still train and are evaluated, says nothing about what they find.
+# On top of a study's own settings: shows that its runs still train and are evaluated, not what they find.
 SMALL = ("trainer.epochs=1", "trainer.max_steps=4", "trainer.validate_every_steps=null")
 BEGIN, END = "<!-- table: written by experiments/run_study.py -->", "<!-- end of table -->"
 
