@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
 
 from recemb.fused import FusedTables
 
 # Bytes of optimizer state per table, as (per value, per row).
-_STATE_BYTES = {"rowwise_adagrad": (0, 4), "adagrad": (4, 0), "sgd": (0, 0), "adam": (8, 0)}
+_STATE_BYTES = {"rowwise_adagrad": (0, 4), "adagrad": (4, 0), "sgd": (0, 0), "adam": (8, 0), "dense_adam": (8, 0)}
 _FUSED = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -31,29 +31,49 @@ class EmbeddingOptimizer:
     Args:
         name: ``"rowwise_adagrad"`` (one accumulator a row: 4 bytes a row of state, the default of large tables),
             ``"adagrad"`` (one a value), ``"sgd"`` (no state) or ``"adam"`` (two a value; fused on CUDA, on CPU a sparse
-            path several times slower, for reproducing papers). Rows that a batch does not touch never move.
+            path several times slower, for reproducing papers). Rows that a batch does not touch never move. With
+            ``"dense_adam"`` they do: torch.optim.Adam steps all rows of all tables each time, by their moments and by
+            ``weight_decay``, as the code of OptEmbed and PEP does. That takes a gradient as large as the tables and 16
+            to 400 times as long as a fused kernel (more for larger tables), so it is for reproducing papers on tables
+            of up to some million rows; every rank of a process group holds and steps them whole.
         learning_rate: about 0.02 to 0.1 for the Adagrads, 0.1 to 1 for SGD, 1e-3 for Adam.
         eps: added to the root of the accumulator.
+        weight_decay: for ``"dense_adam"`` alone: L2 coupled to Adam, ``weight_decay * row`` in the gradient of every
+            row in every step, looked up or not. Papers search 1e-6 to 1e-3.
 
     Raises:
-        ValueError: unknown name, a learning rate below 0 or an eps below 0.
+        ValueError: unknown name, a learning rate, eps or weight decay below 0, weight decay with another optimizer.
     """
 
     name: str = "rowwise_adagrad"
     learning_rate: float = 0.05
     eps: float = 1e-8
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.name not in _FUSED:
-            raise ValueError(f"embedding optimizer must be one of {sorted(_FUSED)}, got {self.name!r}")
+        if self.name not in _STATE_BYTES:
+            raise ValueError(f"embedding optimizer must be one of {sorted(_STATE_BYTES)}, got {self.name!r}")
         if not self.learning_rate >= 0:
             raise ValueError(f"embedding optimizer: learning_rate must be at least 0, got {self.learning_rate}")
         if not self.eps >= 0:
             raise ValueError(f"embedding optimizer: eps must be at least 0, got {self.eps}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"embedding optimizer: weight_decay must be at least 0, got {self.weight_decay}")
+        if self.weight_decay and not self.trains_all_rows:
+            raise ValueError(
+                f"embedding optimizer {self.name!r} moves the rows of the batch alone and has no weight_decay, got "
+                f"{self.weight_decay}; 'dense_adam' decays all rows in every step, "
+                "embedding.mini_batch_aware_decay those of the batch"
+            )
+
+    @property
+    def trains_all_rows(self) -> bool:
+        """Whether rows that a batch does not touch move too."""
+        return self.name == "dense_adam"
 
     def is_fused(self, device: torch.device) -> bool:
         """Whether fbgemm updates the rows inside backward() on this device (it has no Adam on CPU)."""
-        return self.name != "adam" or device.type == "cuda"
+        return self.name in _FUSED and (self.name != "adam" or device.type == "cuda")
 
     @property
     def fbgemm_type(self) -> EmbOptimType:
@@ -65,6 +85,29 @@ class EmbeddingOptimizer:
         return num_embeddings * (per_value * embedding_dim + per_row)
 
 
+def torch_optimizers(weights: Mapping[EmbeddingOptimizer, Sequence[nn.Parameter]]) -> dict[str, torch.optim.Optimizer]:
+    """Those of the tables that no kernel trains: ``"sparse"`` (Adam on CPU) and ``"all_rows"`` (dense Adam).
+
+    Args:
+        weights: how tables are trained -> their weights, with gradients sparse or dense alike.
+    """
+    sparse, all_rows = (
+        [
+            {"params": list(tables), "lr": by.learning_rate, "eps": by.eps}
+            | ({"weight_decay": by.weight_decay} if wanted else {})
+            for by, tables in weights.items()
+            if by.trains_all_rows == wanted
+        ]
+        for wanted in (False, True)
+    )
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if sparse:
+        optimizers["sparse"] = torch.optim.SparseAdam(sparse)
+    if all_rows:
+        optimizers["all_rows"] = torch.optim.Adam(all_rows, fused=True)
+    return optimizers
+
+
 class TrainingOptimizer:
     """Dense optimizers and fused tables behind one ``step``.
 
@@ -73,7 +116,7 @@ class TrainingOptimizer:
 
     Args:
         fused: module path -> tables that fbgemm trains.
-        optimizers: name -> torch optimizer of everything else (``"dense"``, and ``"sparse"`` for Adam on CPU).
+        optimizers: name -> torch optimizer of everything else (``"dense"``, and those of ``torch_optimizers``).
         sharded: TorchRec's optimizer of tables spread over ranks, where there is a process group.
         architecture: those of ``CompressedTables.architecture_optimizer``, which no schedule of learning rates
             touches: what they step is not a weight.

@@ -11,8 +11,8 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recemb.collection import compressed_groups, own_optimizers
 from recemb.fused import FusedTables
-from recemb.optimizers import EmbeddingOptimizer, TrainingOptimizer
-from recemb.sharding import dense_parameters, shard
+from recemb.optimizers import EmbeddingOptimizer, TrainingOptimizer, torch_optimizers
+from recemb.sharding import average_gradients, dense_parameters, shard
 
 
 def prepare(
@@ -29,7 +29,8 @@ def prepare(
     In a process group the tables are spread over its ranks by TorchRec's DistributedModelParallel instead (see
     ``recemb.sharding``); the step loop is the same. State-dict keys stay the same. With Adam on CPU, for which fbgemm
     has no kernel, tables stay TorchRec's with sparse gradients and torch's SparseAdam (several times slower; rows that
-    a batch does not touch keep their moments).
+    a batch does not touch keep their moments). With dense Adam, which moves all rows in every step, they stay
+    TorchRec's with dense gradients, on any device; every rank of a process group then holds them whole.
 
     Args:
         model: any module that holds TorchRec or recemb collections, or is one.
@@ -57,15 +58,12 @@ def prepare(
     device = torch.device(device)
     if dist.is_initialized():
         sharded, table_optimizer = shard(model, embedding_optimizer, device, placement=placement, caching=caching)
-        architecture, excluded = _architecture(sharded)
-        dense = [parameter for parameter in dense_parameters(sharded) if id(parameter) not in excluded]
-        return sharded, TrainingOptimizer(
-            {}, {"dense": dense_optimizer(dense)} if dense else {}, table_optimizer, architecture
-        )
+        optimizers, architecture = _others(sharded, dense_parameters(sharded), embedding_optimizer, dense_optimizer)
+        if "all_rows" in optimizers:
+            optimizers["all_rows"].register_step_pre_hook(average_gradients)
+        return sharded, TrainingOptimizer({}, optimizers, table_optimizer, architecture)
     own = own_optimizers(model)
     fused: dict[str, FusedTables] = {}
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    sparse: dict[EmbeddingOptimizer, list[nn.Parameter]] = {}
     collections = {path: child for path, child in model.named_modules() if type(child) is EmbeddingBagCollection}
     for path, collection in collections.items():
         trained_by = own.get(id(collection), embedding_optimizer)
@@ -74,19 +72,38 @@ def prepare(
             model = _replace(model, path, fused[path])
             continue
         for bag in collection.embedding_bags.values():
-            bag.sparse = True
-            sparse.setdefault(trained_by, []).append(bag.weight)
+            bag.sparse = not trained_by.trains_all_rows
     model.to(device)
-    if sparse:
-        optimizers["sparse"] = torch.optim.SparseAdam(
-            [{"params": weights, "lr": by.learning_rate, "eps": by.eps} for by, weights in sparse.items()]
-        )
-    architecture, excluded = _architecture(model)
-    excluded |= {id(weight) for weights in sparse.values() for weight in weights}
-    dense = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in excluded]
-    if dense:
-        optimizers["dense"] = dense_optimizer(dense)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizers, architecture = _others(model, trainable, embedding_optimizer, dense_optimizer)
     return model, TrainingOptimizer(fused, optimizers, architecture=architecture)
+
+
+def _others(
+    model: nn.Module,
+    trainable: Sequence[nn.Parameter],
+    embedding_optimizer: EmbeddingOptimizer,
+    dense_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> tuple[dict[str, torch.optim.Optimizer], list[torch.optim.Optimizer]]:
+    """Optimizers by name of what no kernel trains, and those of architectures.
+
+    Args:
+        model: with kernels, or shards, in place of the collections that have them.
+        trainable: its parameters that no kernel trains.
+        embedding_optimizer: of the collections that are left, where they have none of their own.
+        dense_optimizer: of the rest.
+    """
+    own = own_optimizers(model)
+    tables: dict[EmbeddingOptimizer, list[nn.Parameter]] = {}
+    for child in model.modules():
+        if type(child) is EmbeddingBagCollection:
+            tables.setdefault(own.get(id(child), embedding_optimizer), []).extend(child.parameters())
+    architecture, excluded = _architecture(model)
+    excluded |= {id(weight) for weights in tables.values() for weight in weights}
+    optimizers = torch_optimizers(tables)
+    if dense := [parameter for parameter in trainable if id(parameter) not in excluded]:
+        optimizers["dense"] = dense_optimizer(dense)
+    return optimizers, architecture
 
 
 def _architecture(model: nn.Module) -> tuple[list[torch.optim.Optimizer], set[int]]:

@@ -3,14 +3,15 @@
 What TorchRec leaves to its caller, and is done here: row-wise sharding on CPU is opened (TorchRec gates it to CUDA,
 gloo runs it), the weights a model already has are written into the shards (on CPU TorchRec drops them), data-parallel
 tables are ruled out (they ignore fused optimizers), and every rank plans for itself from the same inputs, so that a
-failure to plan ends all ranks with one message instead of leaving some waiting.
+failure to plan ends all ranks with one message instead of leaving some waiting. Tables whose optimizer moves all rows
+in every step are not spread: every rank holds them whole, and gradients are averaged before the step.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -54,6 +55,13 @@ _OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
 
 
 class _BagSharder(EmbeddingBagCollectionSharder):
+    def __init__(self, whole: Collection[nn.Module]) -> None:
+        super().__init__()
+        self._whole = {id(module) for module in whole}
+
+    def shardable_parameters(self, module: EmbeddingBagCollection) -> dict[str, nn.Parameter]:
+        return {} if id(module) in self._whole else super().shardable_parameters(module)
+
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return list(SHARDING_TYPES)
 
@@ -63,9 +71,9 @@ class _SequenceSharder(EmbeddingCollectionSharder):
         return list(SHARDING_TYPES)
 
 
-def sharders() -> list[ModuleSharder[nn.Module]]:
-    """Sharders of TorchRec's collections that offer table-wise and row-wise on every device."""
-    return [cast(ModuleSharder[nn.Module], _BagSharder()), cast(ModuleSharder[nn.Module], _SequenceSharder())]
+def sharders(whole: Collection[nn.Module] = ()) -> list[ModuleSharder[nn.Module]]:
+    """Sharders that offer table-wise and row-wise on every device for all collections but those of ``whole``."""
+    return [cast(ModuleSharder[nn.Module], _BagSharder(whole)), cast(ModuleSharder[nn.Module], _SequenceSharder())]
 
 
 def plan_shards(
@@ -78,6 +86,7 @@ def plan_shards(
     device_memory_bytes: int | None = None,
     host_memory_bytes: int | None = None,
     caching: bool = False,
+    whole: Collection[str] = (),
 ) -> ShardingPlan:
     """TorchRec's planner over the collections of ``model`` (meta tensors suffice), without any communication.
 
@@ -91,6 +100,7 @@ def plan_shards(
         device_memory_bytes: memory of one rank, 15% of which are kept free; TorchRec's default where None.
         host_memory_bytes: for CUDA, host memory of one rank, where cached tables lie; TorchRec's default where None.
         caching: keep tables in host memory behind a cache on the device (``managed_caching``, CUDA only).
+        whole: paths of collections that every rank holds whole: no part of the plan.
 
     Raises:
         ValueError: the tables do not fit, or no allowed placement exists: one message, the same on every rank.
@@ -102,10 +112,12 @@ def plan_shards(
             compute_kernels=[kernel.value],
             min_partition=4,
         )
-        for module in model.modules()
-        if isinstance(module, EmbeddingBagCollection)
+        for path, module in model.named_modules()
+        if isinstance(module, EmbeddingBagCollection) and path not in whole
         for config in module.embedding_bag_configs()
     }
+    if not constraints:
+        return ShardingPlan({})
     # On CPU TorchRec places tables in "ddr" memory, on CUDA in "hbm".
     topology = TopologyFactory.create_topology(
         TrainerConfig(
@@ -123,7 +135,7 @@ def plan_shards(
         storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_FRACTION),
     )
     try:
-        return planner.plan(model, sharders())
+        return planner.plan(model, sharders([model.get_submodule(path) for path in whole]))
     except PlannerError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -144,7 +156,7 @@ def shard(
 
     Args:
         model: the same on every rank, weights included: those of rank 0 are not broadcast.
-        optimizer: trains the rows inside backward().
+        optimizer: trains the rows inside backward(), or all of them in a step after it: such tables stay whole.
         device: of this rank.
         placement: see ``plan_shards``.
         caching: see ``plan_shards``.
@@ -155,11 +167,11 @@ def shard(
     Raises:
         ValueError: Adam on CPU (fbgemm has no kernel), or a plan that does not exist.
     """
-    if not optimizer.is_fused(device):
+    if not (optimizer.is_fused(device) or optimizer.trains_all_rows):
         raise ValueError(
             f"sharded tables on {device.type} cannot be trained by {optimizer.name!r}: fbgemm has no kernel"
         )
-    train_in_backward(model, optimizer)
+    whole = train_in_backward(model, optimizer)
     plan = plan_shards(
         model,
         world_size=dist.get_world_size(),
@@ -167,10 +179,21 @@ def shard(
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
         placement=placement,
         caching=caching,
+        whole=whole,
     )
     weights = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     _keep_initial_values(model)
-    sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=sharders())
+    # Where a search looks tables up without training them they get no gradient, which DistributedDataParallel does not
+    # allow: ``average_gradients`` takes its place.
+    kept = {id(weight) for path in whole for weight in model.get_submodule(path).to(device).parameters()}
+    ignored = [name for name, parameter in model.named_parameters() if id(parameter) in kept]
+    sharded = DistributedModelParallel(
+        model,
+        device=device,
+        plan=plan,
+        sharders=sharders(),
+        data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=ignored),
+    )
     write_weights(sharded, weights)
     if dist.get_backend() == "gloo":
         for group in compressed_groups(sharded):
@@ -178,16 +201,36 @@ def shard(
     return sharded, cast(KeyedOptimizer, sharded.fused_optimizer)
 
 
-def train_in_backward(model: nn.Module, optimizer: EmbeddingOptimizer) -> None:
-    """Tell TorchRec how the collections of ``model`` are trained; planning counts the optimizer's state by it."""
+def train_in_backward(model: nn.Module, optimizer: EmbeddingOptimizer) -> list[str]:
+    """Tell TorchRec how the collections of ``model`` are trained; planning counts the optimizer's state by it.
+
+    Returns:
+        Paths of the collections that are not: those whose optimizer moves all rows in every step.
+    """
     own = own_optimizers(model)
-    for module in model.modules():
+    whole: list[str] = []
+    for path, module in model.named_modules():
         if isinstance(module, EmbeddingBagCollection):
             by = own.get(id(module), optimizer)
+            if by.trains_all_rows:
+                whole.append(path)
+                continue
             arguments: dict[str, Any] = {"lr": by.learning_rate}
             if by.name != "sgd":
                 arguments["eps"] = by.eps
             apply_optimizer_in_backward(_OPTIMIZERS[by.name], module.parameters(), arguments)
+    return whole
+
+
+@torch.no_grad()
+def average_gradients(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+    """Before a step of an optimizer of parameters that every rank holds: the mean of all ranks' gradients."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
 
 
 @torch.no_grad()

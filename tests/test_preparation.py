@@ -115,6 +115,41 @@ def test_optimizers_equal_torchs(name: str) -> None:
     torch.testing.assert_close(after, parameter.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_dense_adam_moves_all_rows_as_adam_over_embedding_bags_does() -> None:
+    """Other ids in every step: rows that were looked up before move by their moments, those that never were decay."""
+    torch.manual_seed(0)
+    collection = EmbeddingBagCollection(tables=small_tables())
+    before = copy.deepcopy(collection.state_dict())
+    bag_modules = {
+        config.name: nn.EmbeddingBag(config.num_embeddings, 8, mode=config.pooling.value.lower())
+        for config in collection.embedding_bag_configs()
+    }
+    for name, module in bag_modules.items():
+        module.load_state_dict({"weight": before[f"embedding_bags.{name}.weight"]})
+    weights = [module.weight for module in bag_modules.values()]
+    reference = torch.optim.Adam(weights, lr=0.05, eps=1e-6, weight_decay=0.1)
+    by = EmbeddingOptimizer("dense_adam", 0.05, eps=1e-6, weight_decay=0.1)
+    model, optimizer = prepare(collection, by, ADAM)
+    slope = torch.randn(3, 8 * len(KEYS))
+    for ids in (SINGLE, MULTI_HOT, [[[]] * 3] * 5, SINGLE):
+        features = bags(KEYS, ids)
+        optimizer.zero_grad()
+        (model(features).values() * slope).sum().backward()
+        optimizer.step()
+        reference.zero_grad()
+        outputs = [
+            bag_modules[config.name](features[key].values(), features[key].offsets()[:-1])
+            for config in collection.embedding_bag_configs()
+            for key in config.feature_names
+        ]
+        (torch.cat(outputs, dim=1) * slope).sum().backward()
+        reference.step()
+    for name, module in bag_modules.items():
+        after = model.state_dict()[f"embedding_bags.{name}.weight"]
+        torch.testing.assert_close(after, module.weight.detach())
+        assert (after != before[f"embedding_bags.{name}.weight"]).any(dim=1).all()
+
+
 def test_duplicate_ids_of_a_batch_are_summed_before_the_update() -> None:
     """Row 1 occurs twice in one bag: Adagrad must see the summed gradient once, not two gradients in turn."""
     before, gradient, after = one_step("rowwise_adagrad", 0.1)
@@ -137,15 +172,16 @@ def test_dense_optimizer_gets_everything_but_tables() -> None:
     assert sorted(parameter.numel() for parameter in group["params"]) == [1, 40]
 
 
-@pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "sgd", "adam"])
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "adagrad", "sgd", "adam", "dense_adam"])
 def test_saved_state_continues_exactly(name: str) -> None:
     torch.manual_seed(0)
     start = Model()
-    first, first_optimizer = prepare(copy.deepcopy(start), EmbeddingOptimizer(name, 0.05), ADAM)
+    by = EmbeddingOptimizer(name, 0.05, weight_decay=0.01 if name == "dense_adam" else 0.0)
+    first, first_optimizer = prepare(copy.deepcopy(start), by, ADAM)
     train(first, first_optimizer, 3)
     weights, state = copy.deepcopy(first.state_dict()), copy.deepcopy(first_optimizer.state_dict())
     train(first, first_optimizer, 3)
-    second, second_optimizer = prepare(copy.deepcopy(start), EmbeddingOptimizer(name, 0.05), ADAM)
+    second, second_optimizer = prepare(copy.deepcopy(start), by, ADAM)
     second.load_state_dict(weights)
     second_optimizer.load_state_dict(state)
     train(second, second_optimizer, 3)
@@ -153,7 +189,7 @@ def test_saved_state_continues_exactly(name: str) -> None:
         assert torch.equal(value, second.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("name", ["rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("name", ["rowwise_adagrad", "adam", "dense_adam"])
 def test_learning_rate_factor_reaches_tables_and_head(name: str) -> None:
     torch.manual_seed(0)
     model, optimizer = prepare(Model(), EmbeddingOptimizer(name, 0.05), ADAM)
@@ -211,7 +247,13 @@ def test_the_widest_row_trains(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"name": "lamb"}, "must be one of"), ({"learning_rate": -1.0}, "at least 0, got -1"), ({"eps": np.nan}, "eps")],
+    [
+        ({"name": "lamb"}, "must be one of"),
+        ({"learning_rate": -1.0}, "at least 0, got -1"),
+        ({"eps": np.nan}, "eps"),
+        ({"name": "dense_adam", "weight_decay": -1.0}, "weight_decay must be at least 0, got -1"),
+        ({"name": "adam", "weight_decay": 1e-5}, "'adam' moves the rows of the batch alone and has no weight_decay"),
+    ],
 )
 def test_optimizer_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

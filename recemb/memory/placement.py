@@ -97,8 +97,12 @@ def plan_placement(
         caching: see ``recemb.sharding.plan_shards``.
 
     Raises:
-        ValueError: the tables do not fit.
+        ValueError: the tables do not fit, or are not spread with this optimizer.
     """
+    if optimizer.trains_all_rows:
+        raise ValueError(
+            f"optimizer {optimizer.name!r} keeps all tables whole on every rank: there is nothing to place"
+        )
     with torch.device("meta"):
         collection = CompressedEmbeddingBagCollection(tables, method, full_below_rows=full_below_rows)
     train_in_backward(collection, optimizer)

@@ -13,8 +13,8 @@ Differs from the paper:
 * Bags: rows are masked before pooling; one width per sample and table serves all ids of a bag and all features of the
   table (a target item and its history), because attention compares their columns.
 * The paper trains rows by Adam with L2 weight decay of all N rows in every step. Fused kernels move only the rows of
-  the batch and decay none; ``optimizer.embedding.name=adam`` (sparse on CPU) gives the paper's optimizer without the
-  decay, and torch.optim.Adam(weight_decay=...) over an unprepared model gives both, 16 to 400 times slower.
+  the batch and decay none. ``optimizer=dense_adam`` does as the paper does, 16 to 400 times slower; ``optimizer=adam``
+  (sparse on CPU) moves the rows of the batch alone, and decays none.
 * Thresholds per value: exp(-t) is summed over the values of the batch instead of all N. The others get no gradient of
   the loss either, and what they miss of the penalty is learning_rate * alpha a step.
 

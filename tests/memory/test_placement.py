@@ -65,3 +65,8 @@ def test_tables_too_large_for_the_gpus_fit_into_host_memory_with_caching() -> No
     placement = plan_placement(tables(100_000_000), Full, host_bytes=200 * 10**9, caching=True, **arguments)
     assert placement.in_host_memory
     assert_every_row_once(placement, {"t0": 100_000_000})
+
+
+def test_tables_that_every_rank_holds_whole_are_not_placed() -> None:
+    with pytest.raises(ValueError, match="'dense_adam' keeps all tables whole on every rank"):
+        plan_placement(tables(100), Full, optimizer=EmbeddingOptimizer("dense_adam"), world_size=2)
