@@ -59,7 +59,7 @@ class GeneratedFeatures(nn.Module):
         tables: Sequence[EmbeddingBagConfig],
         *,
         num_collisions: int,
-        family: str = "mixed_radix",
+        family: str = "remainder_first",
         num_partitions: int = 2,
         full_below_rows: int = 0,
         check_ids: bool = True,

@@ -6,6 +6,10 @@ Systems", KDD 2020, arXiv:1909.02107, section 3.
 A partition here is a pair of integers: id ``i`` is in class ``(i // divisor) % size``. The first partition is the
 large one, whose classes hold ``num_collisions`` ids each at most.
 
+Which ids share the first partition's classes decides how well a model trains where ids are in order of frequency:
+``"remainder_first"`` and ``"chinese_remainder"`` put a frequent id together with rare ones, ``"mixed_radix"`` the most
+frequent ones with each other (``experiments/complementary_partitions``).
+
 Shapes: n num_embeddings, k num_partitions.
 """
 
@@ -24,7 +28,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.stacked import at_features, first_rows, per_feature
 
-FAMILIES = ("mixed_radix", "chinese_remainder")
+FAMILIES = ("remainder_first", "mixed_radix", "chinese_remainder")
 _Integers = npt.NDArray[np.int64]
 
 
@@ -60,7 +64,8 @@ def choose_partitions(
     collisions. More allowed collisions never cost more.
 
     Args:
-        family: ``"mixed_radix"`` (quotient-remainder where k = 2: the quotient first, then the remainder's digits) or
+        family: ``"remainder_first"`` (quotient-remainder where k = 2: the remainder of a large divisor first, then the
+            quotient's digits), ``"mixed_radix"`` (the quotient first, then the remainder's digits) or
             ``"chinese_remainder"`` (remainders of pairwise coprime divisors).
         num_embeddings: n, ids to tell apart.
         num_collisions: at least 1; up to n ** ((k - 1) / k) it makes tables smaller.
@@ -83,6 +88,8 @@ def choose_partitions(
     sizes = (int(first[best]), *small)
     if family == "chinese_remainder":
         return Partitions((1,) * num_partitions, sizes)
+    if family == "remainder_first":
+        return Partitions(tuple(math.prod(sizes[:index]) for index in range(num_partitions)), sizes)
     return Partitions((math.prod(small), *(math.prod(small[:index]) for index in range(len(small)))), sizes)
 
 
@@ -92,7 +99,7 @@ def _candidates(family: str, num_embeddings: int, num_partitions: int) -> tuple[
     # Beyond the optimum n ** ((k - 1) / k) of equal partitions (four times it, to be safe) costs only rise.
     largest = math.ceil(4 * num_embeddings ** ((num_partitions - 1) / num_partitions))
     largest_base = math.ceil(largest ** (1 / (num_partitions - 1))) + 1
-    others = (_balanced if family == "mixed_radix" else _coprime)(largest_base, num_partitions - 1)
+    others = (_coprime if family == "chinese_remainder" else _balanced)(largest_base, num_partitions - 1)
     others = others[:, np.argsort(others.prod(axis=0), kind="stable")]
     products = others.prod(axis=0)
     first = -(-num_embeddings // products)

@@ -19,18 +19,18 @@ def test_every_row_is_a_feature_of_its_own() -> None:
         *["one", "site__0", "site__1", "target__0", "history__0", "target__1", "history__1", "ad__0", "ad__1"]
     ]
     [group] = [each for each in collection.modules() if isinstance(each, CompressedTables) and len(each.tables) == 3]
-    quotients, remainders = (
+    remainders, quotients = (
         group.get_parameter(f"lookups.0.embedding_bags.partition_{j}.weight").detach() for j in (0, 1)
     )
-    for key, feature, start, first in (
-        ("site", 3, 0, 0),
-        ("target", 1, 50, 10),
-        ("history", 2, 50, 10),
-        ("ad", 0, 650, 20),
+    for key, feature, size, start, first in (
+        ("site", 3, 50, 0, 0),
+        ("target", 1, 600, 50, 10),
+        ("history", 2, 600, 50, 10),
+        ("ad", 0, 400, 650, 20),
     ):
         for row, [value] in enumerate(SINGLE[feature]):
-            assert torch.equal(output[f"{key}__0"][row], quotients[start + value // 10])
-            assert torch.equal(output[f"{key}__1"][row], remainders[first + value % 10])
+            assert torch.equal(output[f"{key}__0"][row], remainders[start + value % size])
+            assert torch.equal(output[f"{key}__1"][row], quotients[first + value // size])
 
 
 def test_bags_are_pooled_row_by_row() -> None:

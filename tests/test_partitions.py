@@ -45,10 +45,36 @@ def test_quotient_remainder_is_the_cheapest_divisor_up_to_c(num_embeddings: int)
         assert quotients == -(-num_embeddings // divisor)
 
 
+@pytest.mark.parametrize("num_embeddings", [1, 2, 7, 101, 999, 1001])
+@pytest.mark.parametrize("num_partitions", [2, 3, 4])
+def test_remainder_first_is_the_remainder_and_then_the_quotient_s_digits(
+    num_embeddings: int, num_partitions: int
+) -> None:
+    for c in range(1, 40):
+        partitions = choose_partitions("remainder_first", num_embeddings, c, num_partitions)
+        first, *others = partitions.sizes
+        assert partitions.sizes == choose_partitions("mixed_radix", num_embeddings, c, num_partitions).sizes
+        for i in range(num_embeddings):
+            quotient, *classes = divmod(i, first)
+            for size in others:
+                quotient, digit = divmod(quotient, size)
+                classes.append(digit)
+            assert partitions.classes(i) == tuple(classes)
+
+
+def test_only_remainders_keep_the_first_ids_apart() -> None:
+    """Ids below the number of classes, the most frequent where ids are in order of frequency."""
+    for family, shared in (("remainder_first", 1), ("chinese_remainder", 1), ("mixed_radix", 4)):
+        partitions = choose_partitions(family, 1000, 4, 2)
+        in_first = [partitions.classes(i)[0] for i in range(250)]
+        assert max(in_first.count(value) for value in in_first) == shared
+
+
 def test_the_paper_s_size_is_reached_below_the_optimum() -> None:
     """(ceil(n / c) + c) classes for c collisions, as long as c <= sqrt(n)."""
     for c in (2, 4, 60):
-        assert choose_partitions("mixed_radix", 10_131_227, c, 2).sizes == (-(-10_131_227 // c), c)
+        for family in ("mixed_radix", "remainder_first"):
+            assert choose_partitions(family, 10_131_227, c, 2).sizes == (-(-10_131_227 // c), c)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +91,7 @@ def test_more_collisions_never_cost_more(family: str, num_partitions: int) -> No
 @pytest.mark.parametrize("num_partitions", [2, 3, 4])
 def test_the_smallest_size_is_about_k_kth_roots(num_partitions: int) -> None:
     n = 1_000_001
-    for family, slack in (("mixed_radix", 1.05), ("chinese_remainder", 1.6)):
+    for family, slack in (("mixed_radix", 1.05), ("remainder_first", 1.05), ("chinese_remainder", 1.6)):
         total = choose_partitions(family, n, n, num_partitions).total_classes
         root = num_partitions * n ** (1 / num_partitions)
         assert root <= total <= slack * root

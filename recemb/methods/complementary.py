@@ -50,7 +50,8 @@ class Complementary(CompressedTables):
     """Gives id ``i`` the product (or sum, or concatenation) of k rows: one for its class in each of k partitions.
 
     The partitions tell every two ids apart, so no two ids share all their rows. Quotient-remainder is
-    ``family="mixed_radix"`` with two partitions: rows ``i // c`` and ``i % c``.
+    ``family="remainder_first"`` with two partitions, rows ``i % m`` and ``i // m`` with ``m = ceil(n / c)``, or
+    ``"mixed_radix"``, rows ``i // c`` and ``i % c``.
 
     Memory: rows for all classes of all partitions, ``ceil(n / c) + c`` for quotient-remainder, of ``embedding_dim``
     values (``embedding_dim / k`` with ``"concat"``); least, about ``k * n ** (1 / k)`` rows, at
@@ -67,8 +68,11 @@ class Complementary(CompressedTables):
         num_parameters: floats in all, instead of num_collisions; what a byte budget turns. All tables take the smallest
             c that this pays, and some the next smaller ones, which uses up the rest (``recemb.spending``). A single
             table has no sizes between those of two c: at 3x, nothing between a third and a quarter of it.
-        family: ``"mixed_radix"`` or ``"chinese_remainder"`` (remainders of coprime divisors: neighbouring ids, which
-            are equally frequent, share no row, where quotients are shared by c neighbours).
+        family: which ids share a row of the first, large partition. ``"remainder_first"``: ids ``m`` apart, so that a
+            frequent id shares with rare ones; take it with ids in order of frequency, as recemb prepares them.
+            ``"mixed_radix"``: c neighbours, as in the paper's code; the most frequent ids then share with each other,
+            which trains worse than plain hashing to as many rows (``experiments/complementary_partitions``).
+            ``"chinese_remainder"``: remainders of coprime divisors, so that neighbours share no row at all.
         num_partitions: k; 1 keeps full tables, more make them smaller at the same c.
         operation: ``"mult"`` (the paper's best on DCN), ``"add"``, or ``"concat"`` (its best on DLRM; k must divide
             ``embedding_dim`` into multiples of 4). Only concatenated rows are proven to stay distinct.
@@ -96,7 +100,7 @@ class Complementary(CompressedTables):
         *,
         num_collisions: int | None = None,
         num_parameters: int | None = None,
-        family: str = "mixed_radix",
+        family: str = "remainder_first",
         num_partitions: int = 2,
         operation: str = "mult",
         classes: Mapping[str, Tensor] | None = None,

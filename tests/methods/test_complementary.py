@@ -13,6 +13,7 @@ from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.memory import estimate_memory, measure_memory
 from recemb.methods.complementary import Complementary
 from recemb.methods.full import Full
+from recemb.partitions import FAMILIES
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
 from tests.methods.plain import all_vectors, check_batch, group_of, rows_of
 
@@ -40,7 +41,7 @@ def plain_vector(method: Complementary, config: EmbeddingBagConfig, value: int) 
 
 
 @IDS
-@pytest.mark.parametrize("family", ["mixed_radix", "chinese_remainder"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("operation", ["mult", "add", "concat"])
 @pytest.mark.parametrize(("num_partitions", "num_collisions"), [(1, 4), (2, 1), (2, 4), (2, 61), (3, 30)])
 def test_vectors_equal_the_formula(
@@ -90,7 +91,7 @@ def test_sizes_follow_the_paper_s_formula(operation: str, width: int) -> None:
     assert report.table_bytes == 4 * ((251 + 4 + 12_501 + 4) * width + last)
 
 
-@pytest.mark.parametrize("family", ["mixed_radix", "chinese_remainder"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("operation", ["mult", "concat"])
 @pytest.mark.parametrize("num_partitions", [2, 3])
 def test_bytes_fall_with_the_knob_and_never_exceed_full(family: str, operation: str, num_partitions: int) -> None:
@@ -131,21 +132,24 @@ def test_concatenation_keeps_compressed_and_full_tables_equally_wide() -> None:
     assert output["a"].shape == output["b"].shape == (1, 16)
 
 
-def test_quotients_of_large_ids_are_exact() -> None:
+@pytest.mark.parametrize(("family", "divisor"), [("mixed_radix", 4096), ("remainder_first", 2**26 // 4096)])
+def test_quotients_of_large_ids_are_exact(family: str, divisor: int) -> None:
     """Through float32, 2**24 + 1 and its neighbours are one number."""
-    n, c = 2**26, 4096
-    collection = CompressedEmbeddingBagCollection([table("a", n, dim=4)], partial(Complementary, num_collisions=c))
-    quotients, remainders = rows_of(group_of(collection), 0), rows_of(group_of(collection), 1)
+    n = 2**26
+    method = partial(Complementary, num_collisions=4096, family=family)
+    collection = CompressedEmbeddingBagCollection([table("a", n, dim=4)], method)
+    first, second = rows_of(group_of(collection), 0), rows_of(group_of(collection), 1)
+    quotients, remainders = (first, second) if family == "mixed_radix" else (second, first)
     large = [2**24 + 1, 2**25 - 1, 2**25 + 1, n - 1, n - 4097]
     output = collection(bags(["a"], [[[value] for value in large]]))["a"]
     for row, value in zip(output, large, strict=True):
-        assert torch.equal(row, quotients[value // c] * remainders[value % c])
+        assert torch.equal(row, quotients[value // divisor] * remainders[value % divisor])
 
 
 def test_bags_sum_products_and_do_not_multiply_sums() -> None:
     torch.manual_seed(0)
     collection = CompressedEmbeddingBagCollection([table("a", 100)], partial(Complementary, num_collisions=10))
-    quotients, remainders = rows_of(group_of(collection), 0), rows_of(group_of(collection), 1)
+    remainders, quotients = rows_of(group_of(collection), 0), rows_of(group_of(collection), 1)
     output = collection(bags(["a"], [[[3, 57, 98]]]))["a"][0]
     ids = torch.tensor([3, 57, 98])
     by_definition = (quotients[ids // 10] * remainders[ids % 10]).sum(dim=0)
