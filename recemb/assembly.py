@@ -257,9 +257,9 @@ def _check_fits(report: MemoryReport) -> None:
 
     available = psutil.virtual_memory().available
     # fbgemm's kernels take a copy of the initial weights.
-    needed = 2 * report.serving_bytes + report.optimizer_bytes
+    needed = 2 * report.trained_bytes + report.optimizer_bytes
     if needed > available:
         raise MemoryError(
-            f"the tables need {needed:,} bytes while they are built (twice {report.serving_bytes:,}, and "
+            f"the tables need {needed:,} bytes while they are built (twice {report.trained_bytes:,}, and "
             f"{report.optimizer_bytes:,} of optimizer state), {available:,} are available; lower embedding.budget"
         )

@@ -123,7 +123,7 @@ def export(config: Mapping[str, Any]) -> Export:
     manifest = Manifest.load(root)
     manifest.verify_split(settings.split)
     check_fits(model, manifest, Path(settings.run))
-    trained, trained_bytes = _predict(model, manifest, settings), _memory(model)["serving_bytes"]
+    trained, trained_bytes = _predict(model, manifest, settings), _memory(model)["trained_bytes"]
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         save(convert(model), partial, manifest=manifest)

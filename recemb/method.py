@@ -211,6 +211,13 @@ class CompressedTables(nn.Module):
         """The form that serves: the same vectors bit for bit in evaluation, in as few bytes as they need."""
         return self
 
+    def serving_method(self) -> Method | None:
+        """What builds the form that ``convert`` returns, empty, so that a byte budget is one for its bytes.
+
+        None: this form is counted, because it serves itself or because only trained values decide on the other.
+        """
+        return None
+
     def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:
         """Start from trained full tables, where the method can.
 

@@ -10,7 +10,7 @@ import torch
 from recemb.budget import fit_to_budget, parse_budget
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.memory import estimate_memory, full_table_bytes, measure_memory
-from recemb.method import UNBOUNDED
+from recemb.method import UNBOUNDED, Method
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
@@ -51,6 +51,23 @@ def test_report_survives_preparation() -> None:
     before = measure_memory(collection)
     prepare(collection, EmbeddingOptimizer(), partial(torch.optim.SGD, lr=0.1))
     assert measure_memory(collection) == before
+
+
+class Halved(Full):
+    """Serves the first half of its rows."""
+
+    def serving_method(self) -> Method:
+        return lambda tables: Unified(tables, num_embeddings=sum(table.num_embeddings for table in tables) // 2)
+
+
+def test_a_method_that_serves_in_another_form_is_counted_in_both() -> None:
+    report = estimate_memory(TABLES, Halved, optimizer=EmbeddingOptimizer("adagrad", 0.1))
+    assert report.serving_bytes == 525 * 64 + 2 * 8
+    assert report.trained_bytes == report.optimizer_bytes == 1050 * 64
+    assert report.training_bytes == report.to_dict()["training_bytes"] == 2 * 1050 * 64
+    assert fit_to_budget(TABLES, Halved, 525 * 64 + 2 * 8) is Halved
+    with pytest.raises(ValueError, match="Halved takes 33,616 bytes"):
+        fit_to_budget(TABLES, Halved, 525 * 64 + 2 * 8 - 1)
 
 
 def test_estimates_allocate_nothing() -> None:

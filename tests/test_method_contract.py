@@ -14,6 +14,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.bags import Bags
 from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
+from recemb.conversion import convert
 from recemb.memory import estimate_memory, measure_memory
 from recemb.method import Method
 from recemb.optimizers import EmbeddingOptimizer
@@ -131,7 +132,10 @@ def test_estimate_equals_measurement_and_bytes_on_disk(method: Method) -> None:
     collection = build(method)
     estimate = estimate_memory(small_tables(), method)
     assert estimate == measure_memory(collection)
-    assert estimate.serving_bytes == sum(tensor.nbytes for tensor in collection.state_dict().values())
+    assert estimate.trained_bytes == sum(tensor.nbytes for tensor in collection.state_dict().values())
+    served = convert(copy.deepcopy(collection))
+    assert estimate.serving_bytes == sum(tensor.nbytes for tensor in served.state_dict().values())
+    assert measure_memory(served).serving_bytes == estimate.serving_bytes
 
 
 def test_fused_tables_serve_the_same_vectors(method: Method) -> None:

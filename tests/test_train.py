@@ -93,6 +93,8 @@ def test_results_have_what_programs_read(finished, data):
     assert results["test"]["users"]["num_users"] == 100
     assert results["embedding"]["method"] == "unified"
     assert results["embedding"]["full_bytes"] == (20 + 100 + 1000) * 16 * 4
+    rows = results["embedding"]["table_bytes"] // 32
+    assert results["embedding"]["training_bytes"] == results["embedding"]["bytes"] + rows * 4
     assert 0.98 < 10 * results["embedding"]["bytes"] / results["embedding"]["full_bytes"] <= 1
     assert results["train"]["samples"] == 2 * 9600
     assert results["train"]["samples_per_second"] > 0

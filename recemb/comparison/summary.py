@@ -25,6 +25,8 @@ class RunSummary:
         serving_bytes, full_bytes: of the tables, as a mean over seeds; of full ones.
         components: part of the tables (rows, maps, dense layers) -> bytes.
         optimizer_bytes: of the tables, in training.
+        training_bytes: values of the tables and their optimizer state, in the training that held most, as a mean over
+            seeds; None where the cells of a search do not say.
         samples_per_cpu_second: of training, one a seed.
         best_possible_auc: where the log's true probabilities are known.
         search_cost: CPU time of a search before its last training, in trainings like that one; one a seed, empty for
@@ -48,6 +50,7 @@ class RunSummary:
     best_possible_auc: float | None = None
     search_cost: tuple[float, ...] = ()
     gauc: tuple[float, ...] = ()
+    training_bytes: int | None = None
 
     @property
     def mean_auc(self) -> float:
@@ -95,7 +98,18 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
         best_possible_auc=(first["data"].get("optimum") or {}).get("auc"),
         gauc=tuple(cell["test"]["users"]["gauc"] for cell in cells if "users" in cell["test"]),
         search_cost=tuple(cell["search"]["cpu_trainings"] for cell in cells if "search" in cell),
+        training_bytes=_training_bytes(cells),
     )
+
+
+def _training_bytes(cells: Sequence[dict[str, Any]]) -> int | None:
+    sizes = []
+    for cell in cells:
+        embedding = cell["embedding"]
+        # Cells trained before results said it: what searches nothing trains what it serves.
+        old = None if "search" in cell else embedding["bytes"] + embedding["optimizer_bytes"]
+        sizes.append(embedding.get("training_bytes", old))
+    return None if None in sizes else round(statistics.mean(sizes))
 
 
 def table(runs: Sequence[RunSummary]) -> str:

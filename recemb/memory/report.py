@@ -1,7 +1,8 @@
 """Bytes of embedding tables: what serving needs, what training adds, before and after anything is allocated.
 
 One rule: every byte that serving needs is counted, read off the tensors of the module itself (rows, maps, codes, salts,
-projections). The estimate builds the same module on the meta device, so it equals the measurement.
+projections). A method that serves in another form than it trains says which (``CompressedTables.serving_method``), and
+that one is read too, on the meta device. The estimate builds the same module there, so it equals the measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig
 
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
-from recemb.method import UNBOUNDED, Method
+from recemb.method import UNBOUNDED, CompressedTables, Method
 from recemb.optimizers import EmbeddingOptimizer
 
 _VALUE_BYTES = 4
@@ -24,7 +25,10 @@ _VALUE_BYTES = 4
 
 @dataclass(frozen=True)
 class TableMemory:
-    """One physical table: its rows and width, its bytes, and the optimizer's bytes beside it while training."""
+    """One physical table: its rows and width, its bytes, and the optimizer's bytes beside it while training.
+
+    Rows that serve in another form than they train have no optimizer: 0 bytes.
+    """
 
     name: str
     num_embeddings: int
@@ -38,16 +42,20 @@ class MemoryReport:
     """Bytes of one collection.
 
     Args:
-        tables: the physical tables.
+        tables: the physical tables, as they serve.
         full_tables: logical table name -> bytes it would take uncompressed, in float32; unbounded ones are left out.
         index_bytes: integer buffers serving needs: maps, codes, masks, hash salts.
         dense_bytes: parameters and buffers of the method that are not tables: projections, decoders.
+        trained_bytes: all of these in the form that trains; those of serving where it is the same form.
+        optimizer_bytes: state of the tables' optimizer.
     """
 
     tables: tuple[TableMemory, ...]
     full_tables: dict[str, int]
     index_bytes: int
     dense_bytes: int
+    trained_bytes: int
+    optimizer_bytes: int
 
     @property
     def table_bytes(self) -> int:
@@ -59,8 +67,9 @@ class MemoryReport:
         return self.table_bytes + self.index_bytes + self.dense_bytes
 
     @property
-    def optimizer_bytes(self) -> int:
-        return sum(table.optimizer_bytes for table in self.tables)
+    def training_bytes(self) -> int:
+        """What training holds of the tables: values and optimizer state. No gradients: rows move inside backward()."""
+        return self.trained_bytes + self.optimizer_bytes
 
     @property
     def full_bytes(self) -> int:
@@ -77,7 +86,7 @@ class MemoryReport:
             **dataclasses.asdict(self),
             "table_bytes": self.table_bytes,
             "serving_bytes": self.serving_bytes,
-            "optimizer_bytes": self.optimizer_bytes,
+            "training_bytes": self.training_bytes,
             "full_bytes": self.full_bytes,
             "ratio": self.ratio,
         }
@@ -103,31 +112,63 @@ def measure_memory(
         optimizer: whose state to count beside the tables; row-wise Adagrad where None.
     """
     optimizer = optimizer or EmbeddingOptimizer()
-    tables: list[TableMemory] = []
-    index_bytes = dense_bytes = 0
-    for group in compressed_groups(collection):
-        weights: set[str] = set()
-        for number, physical in enumerate(group.physical_tables):
-            trained_by = group.lookup_optimizers[number] or optimizer
-            for config in physical:
-                key = f"lookups.{number}.embedding_bags.{config.name}.weight"
-                weights.add(key)
-                weight = group.get_parameter(key)
-                rows, width = weight.shape
-                tables.append(TableMemory(config.name, rows, width, weight.nbytes, trained_by.state_bytes(rows, width)))
-        for key, tensor in group.state_dict().items():
-            if key in weights:
-                continue
-            if tensor.is_floating_point():
-                dense_bytes += tensor.nbytes
-            else:
-                index_bytes += tensor.nbytes
+    served = [_Held.of(_serving_form(group), optimizer) for group in compressed_groups(collection)]
+    trained = [_Held.of(group, optimizer) for group in compressed_groups(collection)]
     logical: Sequence[BaseEmbeddingConfig] = (
         collection.embedding_configs()
         if isinstance(collection, CompressedEmbeddingCollection)
         else collection.embedding_bag_configs()
     )
-    return MemoryReport(tuple(tables), full_table_bytes(logical), index_bytes, dense_bytes)
+    return MemoryReport(
+        tables=tuple(table for held in served for table in held.tables),
+        full_tables=full_table_bytes(logical),
+        index_bytes=sum(held.index_bytes for held in served),
+        dense_bytes=sum(held.dense_bytes for held in served),
+        trained_bytes=sum(held.all_bytes for held in trained),
+        optimizer_bytes=sum(table.optimizer_bytes for held in trained for table in held.tables),
+    )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Bytes of one group of tables in one form."""
+
+    tables: tuple[TableMemory, ...]
+    index_bytes: int
+    dense_bytes: int
+
+    @property
+    def all_bytes(self) -> int:
+        return sum(table.bytes for table in self.tables) + self.index_bytes + self.dense_bytes
+
+    @staticmethod
+    def of(group: CompressedTables, optimizer: EmbeddingOptimizer) -> _Held:
+        tables: list[TableMemory] = []
+        counted: set[str] = set()
+        for number, physical in enumerate(group.physical_tables):
+            trained_by = group.lookup_optimizers[number] or optimizer
+            for config in physical:
+                key = f"lookups.{number}.embedding_bags.{config.name}.weight"
+                counted.add(key)
+                weight = group.get_parameter(key)
+                rows, width = weight.shape
+                tables.append(TableMemory(config.name, rows, width, weight.nbytes, trained_by.state_bytes(rows, width)))
+        index_bytes = dense_bytes = 0
+        for key, tensor in group.state_dict().items():
+            if key in counted:
+                continue
+            if tensor.is_floating_point():
+                dense_bytes += tensor.nbytes
+            else:
+                index_bytes += tensor.nbytes
+        return _Held(tuple(tables), index_bytes, dense_bytes)
+
+
+def _serving_form(group: CompressedTables) -> CompressedTables:
+    if (method := group.serving_method()) is None:
+        return group
+    with torch.device("meta"):
+        return method(group.tables)
 
 
 def estimate_memory(

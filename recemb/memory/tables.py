@@ -42,7 +42,6 @@ def _physical(memory: MemoryReport) -> str:
 
 
 def _totals(memory: MemoryReport) -> str:
-    training = memory.serving_bytes + memory.optimizer_bytes
     ratio = f"{memory.ratio:,.2f}x smaller than full tables" if memory.full_bytes else ""
     rows = [
         ("tables", f"{memory.table_bytes:,}", ""),
@@ -51,7 +50,7 @@ def _totals(memory: MemoryReport) -> str:
         ("serving", f"{memory.serving_bytes:,}", ratio),
         ("full tables", f"{memory.full_bytes:,}", ""),
         ("optimizer state", f"{memory.optimizer_bytes:,}", ""),
-        ("training", f"{training:,}", "no gradients of tables: rows are updated inside backward()"),
+        ("training", f"{memory.training_bytes:,}", "no gradients of tables: rows are updated inside backward()"),
     ]
     return _aligned(("bytes", "", ""), rows, left=(0, 2))
 

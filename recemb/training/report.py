@@ -94,7 +94,7 @@ def write_report(
         *sections,
         _training(results, lines),
         "![loss](loss.png)",
-        _memory(memory),
+        _memory(memory, results["embedding"]["training_bytes"]),
         "![bytes per table](table_bytes.png)",
         "## Again\n\n`config.yaml` is the whole config, `environment.json` the command, packages and machine, "
         "`metrics.jsonl` every logged step. Other metrics of this model:\n\n"
@@ -134,11 +134,12 @@ def _training(results: Mapping[str, Any], lines: list[dict[str, Any]]) -> str:
     return text + "\n".join(rows)
 
 
-def _memory(memory: MemoryReport) -> str:
+def _memory(memory: MemoryReport, training_bytes: int) -> str:
     text = (
         f"## Memory\n\n{memory.serving_bytes:,} bytes to serve: {memory.table_bytes:,} of tables, "
         f"{memory.index_bytes:,} of maps and salts, {memory.dense_bytes:,} of the method's dense layers. "
-        f"Full tables would take {memory.full_bytes:,}. Training adds {memory.optimizer_bytes:,} of optimizer state."
+        f"Full tables would take {memory.full_bytes:,}. Training held {training_bytes:,}, "
+        "optimizer state included."
         "\n\n"
         "| physical table | rows | dim | bytes |\n|---|---:|---:|---:|\n"
     )

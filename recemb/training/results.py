@@ -13,8 +13,18 @@ from recemb.memory import MemoryReport
 from recemb.run_folder import git_state
 
 
-def common_results(config: TrainConfig, folder: Path, memory: MemoryReport, manifest: Manifest) -> dict[str, Any]:
-    """Run, tables, data and code; metrics and figures of the training come besides."""
+def common_results(
+    config: TrainConfig, folder: Path, memory: MemoryReport, manifest: Manifest, *, training_bytes: int
+) -> dict[str, Any]:
+    """Run, tables, data and code; metrics and figures of the training come besides.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        memory: of the tables that were evaluated.
+        manifest: of the data set.
+        training_bytes: values of the tables and their optimizer state, in the training that held most.
+    """
     data: dict[str, Any] = {
         "source": manifest.source,
         "path": str(manifest.root.resolve()),
@@ -40,6 +50,7 @@ def common_results(config: TrainConfig, folder: Path, memory: MemoryReport, mani
             "index_bytes": memory.index_bytes,
             "dense_bytes": memory.dense_bytes,
             "optimizer_bytes": memory.optimizer_bytes,
+            "training_bytes": training_bytes,
         },
         "data": data,
         "git": git_state(),

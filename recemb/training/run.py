@@ -176,7 +176,13 @@ class _Run:
         # ``samples_per_cpu_second`` says it.
         del training["cpu_seconds"]
         return {
-            **common_results(self.config, self.folder.path, self.memory, self.data.manifest),
+            **common_results(
+                self.config,
+                self.folder.path,
+                self.memory,
+                self.data.manifest,
+                training_bytes=self.memory.training_bytes,
+            ),
             "validation": {
                 "best_step": self.stopping.best_step,
                 self.stopping.metric: self.stopping.best_value,

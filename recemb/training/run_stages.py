@@ -213,7 +213,13 @@ class StagedRun:
         # In reliability.png; here it would hide the figures among 200 lines of bins.
         del test["reliability"]
         return {
-            **common_results(self.config, self.folder.path, memory, self.data.manifest),
+            **common_results(
+                self.config,
+                self.folder.path,
+                memory,
+                self.data.manifest,
+                training_bytes=max(stage["training_bytes"] for stage in trained),
+            ),
             "test": test,
             "validation": {
                 "best_step": last["best_step"],

@@ -159,9 +159,9 @@ def _train(
     if folder.checkpoints.last is None:
         context.start(model, plan, stage.reset)
     budgets = [budget for _, budget in search_budgets(model, context.budget_bytes())]
-    sizes = {"bytes": memory.serving_bytes}
+    sizes = {"bytes": memory.serving_bytes, "training_bytes": memory.training_bytes}
     if plan is not None:
-        sizes = _of_plan(context, plan, model)
+        sizes |= _of_plan(context, plan, model)
         logger.info("stage %s: %s", stage.name, _shown(sizes))
     if strength := context.config.embedding.mini_batch_aware_decay:
         decay_by_train_counts(model, context.data.manifest, strength)

@@ -87,6 +87,10 @@ def test_all_stages_run_to_the_test_split_within_the_budget(finished: Path) -> N
     assert results["embedding"]["full_bytes"] == full
     assert 0.95 * full / 10 < results["embedding"]["bytes"] <= full / 10
     assert all(stage["seconds"] > 0 and stage["cpu_seconds"] > 0 for stage in results["stages"])
+    # Full tables in the first stage, with row-wise Adagrad's number a row; the mask comes with the last one.
+    assert results["stages"][0]["training_bytes"] == full + (20 + 100 + 1000) * 4 + 3 * 8
+    assert results["embedding"]["training_bytes"] == results["stages"][2]["training_bytes"]
+    assert results["stages"][2]["training_bytes"] - results["stages"][0]["training_bytes"] == 20 + 100 + 1000
     stages = results["stages"]
     assert results["search"]["seconds"] == pytest.approx(stages[0]["seconds"] + stages[1]["seconds"])
     assert results["search"]["trainings"] == pytest.approx(results["search"]["seconds"] / stages[2]["seconds"])
