@@ -5,8 +5,9 @@ Systems", KDD 2020, arXiv:1909.02107.
 
 Differs from the paper's released code (not from its text): ids are divided as integers, where float32 misplaces ids
 above 2**24; vectors are composed id by id before a bag is pooled, where the code multiplies pooled factors; factors
-start symmetric around 0 so that vectors have a full table's variance, where the code starts them in [sqrt(1/n), 1];
-with ``"concat"`` every factor is ``embedding_dim / k`` wide, so that compressed and full tables are equally wide.
+start symmetric around 0, those of the large partition with a full table's variance and the others with 1, where the
+code starts all of them in [sqrt(1/n), 1]; with ``"concat"`` every factor is ``embedding_dim / k`` wide, so that
+compressed and full tables are equally wide.
 
 Shapes: N ids, B batch, F features, D embedding_dim, k partitions.
 """
@@ -198,13 +199,13 @@ class Complementary(CompressedTables):
         num_partitions = len(self.partitions[0].sizes)
         concatenates = operation == "concat"
         num_stacks = num_partitions if concatenates or not all(self.is_full) else 1
-        variances = [
-            start_variance(table) if is_full or concatenates else _part_variance(table, num_partitions, operation)
-            for table, is_full in zip(tables, self.is_full, strict=True)
-        ]
         stacks = []
         for index in range(num_stacks):
             rows = [partitions.sizes[index] for partitions in self.partitions]
+            variances = [
+                start_variance(table) if is_full else _part_variance(table, index, num_partitions, operation)
+                for table, is_full in zip(tables, self.is_full, strict=True)
+            ]
             stacks.append(stacked_table(f"partition_{index}", rows, width, variances))
         return [stacks] if concatenates else [[stack] for stack in stacks]
 
@@ -246,10 +247,17 @@ def _part_width(table: EmbeddingBagConfig, num_partitions: int, operation: str) 
     return table.embedding_dim // num_partitions
 
 
-def _part_variance(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> float:
-    """Variance of each factor (or term) for vectors to have a full table's."""
+def _part_variance(table: EmbeddingBagConfig, index: int, num_partitions: int, operation: str) -> float:
+    """Variance with which rows of partition ``index`` start, for vectors to have a full table's.
+
+    Factors beside the first start around size 1. Equal ones, each the k-th root of a small number, would scale each
+    other's gradients down: a step of Adagrad or Adam, as large as the learning rate whatever the gradient, then moves a
+    product by some hundredths of what it moves a row of a full table.
+    """
     variance = start_variance(table)
-    return variance / num_partitions if operation == "add" else variance ** (1 / num_partitions)
+    if operation == "mult":
+        return variance if index == 0 else 1.0
+    return variance / num_partitions if operation == "add" else variance
 
 
 def _full(table: EmbeddingBagConfig, num_partitions: int, operation: str) -> Partitions:

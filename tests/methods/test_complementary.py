@@ -171,18 +171,38 @@ def test_vectors_start_with_the_variance_of_a_full_table(operation: str, num_par
 
 
 @pytest.mark.parametrize(
-    ("operation", "bound"), [("mult", (3 / 1000) ** 0.25), ("add", (1 / 2000) ** 0.5), ("concat", 1000**-0.5)]
+    ("operation", "bounds"),
+    [
+        ("mult", [1000**-0.5, 3**0.5]),
+        ("add", [2000**-0.5] * 2),
+        ("concat", [1000**-0.5] * 2),
+    ],
 )
-def test_factors_start_uniform_around_zero(operation: str, bound: float) -> None:
+def test_factors_start_uniform_around_zero(operation: str, bounds: list[float]) -> None:
     collection = CompressedEmbeddingBagCollection(
         [table("a", 1000, dim=64)], partial(Complementary, num_collisions=20, operation=operation)
     )
     group = group_of(collection)
     assert isinstance(group, Complementary)
-    for index in (0, 1):
+    for index, bound in enumerate(bounds):
         weight = part(group, index)
         assert 0.97 * bound < float(weight.max()) <= bound
         assert -bound <= float(weight.min()) < -0.97 * bound
+
+
+@pytest.mark.parametrize("num_partitions", [2, 3])
+def test_a_first_step_of_adagrad_moves_a_product_as_far_as_a_row_of_a_full_table(num_partitions: int) -> None:
+    """By the learning rate of 0.05 a value, where factors that all start alike move it by a tenth of that or less."""
+    torch.manual_seed(0)
+    n = 20_001
+    method = partial(Complementary, num_collisions=60, num_partitions=num_partitions)
+    collection = CompressedEmbeddingBagCollection([table("a", n, dim=32)], method)
+    optimizer = torch.optim.Adagrad(collection.parameters(), lr=0.05)
+    before = all_vectors(collection, "a", n)
+    (collection(bags(["a"], [[[i] for i in range(n)]]))["a"] * torch.randn(32)).sum().backward()
+    optimizer.step()
+    moved = (all_vectors(collection, "a", n) - before).abs().mean()
+    assert 0.5 * 0.05 < float(moved) < 2 * 0.05
 
 
 # Two tables of products with a brand, a size and a colour; t_b takes computed partitions.
