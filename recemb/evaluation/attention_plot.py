@@ -25,20 +25,22 @@ class AttendedHistory:
     """One history of one sample, oldest event first.
 
     Args:
-        title: the target in words.
-        events: each event in words.
+        target: its properties in words: the item, its category, and so on.
+        events: of each event the same properties in words.
         weights: of each event.
-        same: whether an event shares all but the first property of the target (its category), where there are several.
         clicked: the label.
         probability: the model's.
     """
 
-    title: str
-    events: tuple[str, ...]
+    target: tuple[str, ...]
+    events: tuple[tuple[str, ...], ...]
     weights: tuple[float, ...]
-    same: tuple[bool, ...]
     clicked: bool
     probability: float
+
+    def same(self) -> list[bool]:
+        """Which events share all but the first property of the target (its category); none where there is but one."""
+        return [len(event) > 1 and event[1:] == self.target[1:] for event in self.events]
 
 
 @torch.no_grad()
@@ -77,19 +79,16 @@ def attended_histories(
     result = []
     for row in rows:
         count = starts[row + 1] - starts[row]
-        target = [words(name, name, row)[0] for name in described.targets]
         # With max_history the model weighs the latest events only.
         properties = [
             words(sequence, name, row)[-count:] if count else []
             for sequence, name in zip(described.sequences, described.targets, strict=True)
         ]
-        events = list(zip(*properties, strict=True))
         result.append(
             AttendedHistory(
-                title=", ".join(target),
-                events=tuple(", ".join(event) for event in events),
+                target=tuple(words(name, name, row)[0] for name in described.targets),
+                events=tuple(zip(*properties, strict=True)),
                 weights=tuple(values[starts[row] : starts[row + 1]]),
-                same=tuple(len(event) > 1 and list(event[1:]) == target[1:] for event in events),
                 clicked=bool(batch.labels[row]),
                 probability=probabilities[row],
             )
@@ -134,15 +133,18 @@ def attention_plot(histories: Sequence[AttendedHistory], path: Path, *, title: s
     for axis, item in zip(axes.flat, histories, strict=False):
         shown = slice(max(0, len(item.events) - MOST_EVENTS), None)
         places = np.arange(len(item.events[shown]))
-        colours = ["#d95f02" if same else "#7f8fa6" for same in item.same[shown]]
+        colours = ["#d95f02" if same else "#7f8fa6" for same in item.same()[shown]]
         axis.barh(places, item.weights[shown], color=colours)
-        axis.set_yticks(places, [text if len(text) <= 38 else f"{text[:37]}…" for text in item.events[shown]])
+        described = [", ".join(event) for event in item.events[shown]]
+        axis.set_yticks(places, [text if len(text) <= 38 else f"{text[:37]}…" for text in described])
         axis.tick_params(labelsize=7)
         axis.axvline(0, color="black", linewidth=0.6)
         outcome = "clicked" if item.clicked else "not clicked"
         hidden = len(item.events) - len(places)
         older = f", {hidden} older events not shown" if hidden else ""
-        axis.set_title(f"target: {item.title}\n{outcome}, predicted {item.probability:.2f}{older}", fontsize=8)
+        axis.set_title(
+            f"target: {', '.join(item.target)}\n{outcome}, predicted {item.probability:.2f}{older}", fontsize=8
+        )
         axis.set_xlabel("attention weight", fontsize=7)
     if title:
         figure.suptitle(title)
