@@ -28,9 +28,21 @@ def auc_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> None:
         path: the PNG file.
         title: above all.
     """
+    _auc_figure(runs, path, title, "serving bytes of the tables (log scale)", lambda run: run.serving_bytes)
+
+
+def training_auc_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> None:
+    """``auc_figure`` against the bytes that training holds: values and optimizer state of the tables."""
+    known = [run for run in runs if run.training_bytes is not None]
+    _auc_figure(known, path, title, "training bytes of the tables (log scale)", lambda run: run.training_bytes or 0)
+
+
+def _auc_figure(
+    runs: Sequence[RunSummary], path: Path, title: str, x: str, size_of: Callable[[RunSummary], int]
+) -> None:
     trained = [run for run in runs if run.refused is None]
-    figure, axes = _axes(title, "serving bytes of the tables (log scale)", "test AUC")
-    _lines(axes, trained, lambda run: (run.mean_auc, run.auc_spread))
+    figure, axes = _axes(title, x, "test AUC")
+    _lines(axes, trained, size_of, lambda run: (run.mean_auc, run.auc_spread))
     for run in trained:
         if run.method == _FULL:
             axes.axhline(run.mean_auc, color="black", linewidth=1)
@@ -49,7 +61,13 @@ def throughput_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> 
     """Training samples a second of CPU time against serving bytes, both logarithmic."""
     trained = [run for run in runs if run.refused is None]
     figure, axes = _axes(title, "serving bytes of the tables (log scale)", "training samples / CPU second (log scale)")
-    _lines(axes, trained, lambda run: (statistics.median(run.samples_per_cpu_second), 0.0), with_full=True)
+    _lines(
+        axes,
+        trained,
+        lambda run: run.serving_bytes,
+        lambda run: (statistics.median(run.samples_per_cpu_second), 0.0),
+        with_full=True,
+    )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -98,6 +116,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 def _lines(
     axes: Axes,
     runs: Sequence[RunSummary],
+    size_of: Callable[[RunSummary], int],
     value: Callable[[RunSummary], tuple[float, float]],
     *,
     with_full: bool = False,
@@ -105,10 +124,10 @@ def _lines(
     """One line a method through its runs, in the order of bytes."""
     methods = list(dict.fromkeys(run.method for run in runs if with_full or run.method != _FULL))
     for index, method in enumerate(methods):
-        points = sorted((run for run in runs if run.method == method), key=lambda run: run.serving_bytes)
+        points = sorted((run for run in runs if run.method == method), key=size_of)
         values = [value(run) for run in points]
         axes.errorbar(
-            [run.serving_bytes for run in points],
+            [size_of(run) for run in points],
             [mean for mean, _ in values],
             yerr=[spread for _, spread in values],
             color=_COLORS[index % len(_COLORS)],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from recemb.comparison.figures import auc_figure, components_figure, throughput_figure
+from recemb.budget import parse_budget
+from recemb.comparison.figures import auc_figure, components_figure, throughput_figure, training_auc_figure
 from recemb.comparison.recommendation import recommend
 from recemb.comparison.study import Study
 from recemb.comparison.summary import RunSummary, summaries, table
@@ -24,9 +25,10 @@ def write_report(study: Study) -> str:
     if not any(run.refused is None for run in runs):
         raise ValueError(f"{study.folder}: no cell has a result")
     name = study.folder.name
-    auc_figure(runs, study.folder / "auc.png", title=f"{name}: test AUC against bytes")
+    auc_figure(runs, study.folder / "auc.png", title=f"{name}: test AUC against serving bytes")
+    training_auc_figure(runs, study.folder / "auc_training.png", title=f"{name}: test AUC against training bytes")
     throughput_figure(runs, study.folder / "throughput.png", title=f"{name}: training speed against bytes")
-    parts = ["auc", "throughput"]
+    parts = ["auc", "auc_training", "throughput"]
     if any(run.components for run in runs):
         components_figure(runs, study.folder / "components.png", title=f"{name}: what the bytes are")
         parts.append("components")
@@ -70,6 +72,8 @@ def reading(runs: Sequence[RunSummary]) -> str:
         if ties:
             sentence += f", not told apart at 95% from {', '.join(ties)}"
         sentences.append(sentence + ".")
+    if full is not None and full.training_bytes is not None:
+        sentences += _by_training_bytes(trained, full, full.training_bytes)
     if full is not None and (cliffs := _cliffs(trained, full)):
         sentences.append(f"More than 0.01 AUC below full tables: {cliffs}.")
     fastest = max(trained, key=lambda run: statistics.median(run.samples_per_cpu_second))
@@ -81,6 +85,20 @@ def reading(runs: Sequence[RunSummary]) -> str:
     if refused := [run.name for run in runs if run.refused is not None]:
         sentences.append(f"Out of reach: {', '.join(refused)}.")
     return " ".join(sentences)
+
+
+def _by_training_bytes(runs: Sequence[RunSummary], full: RunSummary, full_bytes: int) -> list[str]:
+    """Who leads where the bytes that training holds are to shrink as the budgets do; one sentence, or none."""
+    leaders = []
+    for budget in dict.fromkeys(run.budget for run in runs if run.budget is not None):
+        limit = full_bytes * parse_budget(budget, full.full_bytes) // full.full_bytes
+        fitting = [run for run in runs if run.training_bytes is not None and run.training_bytes <= limit]
+        if fitting:
+            best = max(fitting, key=lambda run: run.mean_auc)
+            leaders.append(f"{best.name} at {budget} ({best.mean_auc:.4f})")
+    if not leaders:
+        return []
+    return [f"Where training (values and optimizer state of the tables) must be as much smaller: {', '.join(leaders)}."]
 
 
 def _cliffs(runs: Sequence[RunSummary], full: RunSummary) -> str:

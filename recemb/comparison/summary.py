@@ -120,7 +120,7 @@ def table(runs: Sequence[RunSummary]) -> str:
     columns = ["run", *(["setting chosen on validation"] if tuned else []), "test AUC"]
     grouped = any(run.gauc for run in runs)
     columns += [*(["test GAUC"] if grouped else []), "test log loss"]
-    columns += [*(["best possible AUC"] if known else []), "bytes", "ratio", "samples/CPU s"]
+    columns += [*(["best possible AUC"] if known else []), "bytes", "ratio", "training bytes", "samples/CPU s"]
     columns += [*(["search / training"] if searched else []), "seeds"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for run in runs:
@@ -136,6 +136,7 @@ def table(runs: Sequence[RunSummary]) -> str:
         if known:
             values.append("-" if run.best_possible_auc is None else f"{run.best_possible_auc:.4f}")
         values += [f"{run.serving_bytes:,}", f"{run.ratio:.1f}x"]
+        values.append("-" if run.training_bytes is None else f"{run.training_bytes:,}")
         values.append(f"{statistics.median(run.samples_per_cpu_second):,.0f}")
         if searched:
             values.append(f"{statistics.median(run.search_cost):.1f}" if run.search_cost else "-")

@@ -52,7 +52,7 @@ def test_a_study_is_trained_reported_and_taken_up_where_it_was(data: Path, tmp_p
     study = tmp_path / "study"
     names = sorted(path.name for path in (study / "results").glob("*-seed*.json"))
     assert names == [f"{run}-seed{seed}.json" for run in ("full", "hashing-100000x", "hashing-4x") for seed in (1, 2)]
-    for picture in ("auc", "throughput", "components"):
+    for picture in ("auc", "auc_training", "throughput", "components"):
         assert (study / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
     tuning = json.loads((study / "results" / "tuning.json").read_text())
     assert [len(tuning[name]) for name in ("full", "hashing-4x")] == [2, 2]

@@ -10,7 +10,14 @@ from recemb.comparison.summary import RunSummary, table
 FIRST, SECOND = (0.771, 0.774, 0.7725), (0.7700, 0.7712, 0.7731, 0.7695)
 
 
-def run(name: str, size: int, auc: tuple[float, ...], budget: str | None = "10x", refused: str | None = None):
+def run(
+    name: str,
+    size: int,
+    auc: tuple[float, ...],
+    budget: str | None = "10x",
+    refused: str | None = None,
+    training: int | None = None,
+) -> RunSummary:
     return RunSummary(
         name=name,
         method=name.split("-")[0],
@@ -23,6 +30,7 @@ def run(name: str, size: int, auc: tuple[float, ...], budget: str | None = "10x"
         serving_bytes=size,
         full_bytes=1000,
         samples_per_cpu_second=tuple(float(size) for _ in auc),
+        training_bytes=training,
     )
 
 
@@ -72,9 +80,25 @@ def test_the_reading_names_leader_ties_cliffs_and_what_was_refused() -> None:
     assert text.endswith("Out of reach: path-100x.")
 
 
+def test_the_reading_says_who_leads_where_training_must_shrink_too() -> None:
+    runs = [
+        run("full", 1000, (0.8, 0.8), budget=None, training=1100),
+        # Searched: as large as full tables while it trains.
+        run("pep-10x", 100, (0.795, 0.795), training=2200),
+        run("unified-10x", 100, (0.79, 0.79), training=110),
+        run("robe-10x", 100, (0.791, 0.791), training=111),
+        run("robe-100x", 10, (0.77, 0.77), budget="100x", training=12),
+    ]
+    text = reading(runs)
+    assert "At 10x pep leads" in text
+    # 110 bytes of training are a tenth of those of full tables, nothing is within 11.
+    assert "(values and optimizer state of the tables) must be as much smaller: unified-10x at 10x (0.7900)." in text
+    assert "as much smaller" not in reading(RUNS)
+
+
 def test_the_table_has_every_run_also_those_refused() -> None:
     lines = table(RUNS).splitlines()
     assert len(lines) == 2 + len(RUNS)
-    assert lines[3] == "| unified-10x | 0.7910 ± 0.0010 | 0.2090 ± 0.0010 | 100 | 10.0x | 100 | 3 |"
+    assert lines[3] == "| unified-10x | 0.7910 ± 0.0010 | 0.2090 ± 0.0010 | 100 | 10.0x | - | 100 | 3 |"
     assert lines[-1].startswith("| path-100x | budget of 10 bytes cannot be met |")
     assert len({line.count("|") for line in lines}) == 1
