@@ -1,4 +1,4 @@
-"""Path-based compositional embeddings: a shared row, changed by a small map for the id's remainder.
+"""Path-based compositional embeddings: a row for the id's remainder, changed by a small map for its quotient.
 
 Reference: Shi et al., "Compositional Embeddings Using Complementary Partitions for Memory-Efficient Recommendation
 Systems", KDD 2020, arXiv:1909.02107. There they never beat the product of rows (``Complementary``), and cost more.
@@ -7,7 +7,7 @@ Differs from the paper: two partitions, as in its experiments, and all widths eq
 that vectors have the variance of a full table.
 
 Maps are dense parameters, not rows of a physical table: there are few (c a table), a batch uses all of them, and as a
-row each id would fetch the ``embedding_dim * hidden_units`` values that all ids of a remainder share.
+row each id would fetch the ``embedding_dim * hidden_units`` values that all ids of a quotient share.
 
 Shapes: N ids, B batch, F features, D embedding_dim, H hidden_units, M maps of all tables.
 """
@@ -39,10 +39,13 @@ from recemb.stacked import (
 
 
 class Path(CompressedTables):
-    """Gives id ``i`` the vector ``map_{i % c}(row_{i // c})``: linear, or with one hidden layer of ReLU.
+    """Gives id ``i`` the vector ``map_{i // m}(row_{i % m})``, ``m = ceil(n / c)``: linear, or a layer of ReLU between.
 
-    Memory: ``ceil(n / c)`` rows of ``embedding_dim`` values, and c maps of ``D * D + D`` values (linear) or
-    ``2 * D * H + H + D``. A table takes the cheapest number of remainders up to c, and stays full where none is
+    Ids that share a row are m apart, so with ids in order of frequency a frequent one shares with rare ones
+    (``recemb.partitions``).
+
+    Memory: ``m`` rows of ``embedding_dim`` values, and c maps of ``D * D + D`` values (linear) or
+    ``2 * D * H + H + D``. A table takes the cheapest number of maps up to c, and stays full where none is
     cheaper, which a map of some dozen rows' size makes likely for small tables.
 
     Args:
@@ -86,11 +89,11 @@ class Path(CompressedTables):
 
         def rows_and_maps(size: int, collisions: int) -> tuple[int, int]:
             """Of one table; a row an id and no map where it stays full."""
-            quotients, remainders = choose_partitions(
-                "mixed_radix", size, collisions, 2, cost_ratio=map_values / width
+            remainders, quotients = choose_partitions(
+                "remainder_first", size, collisions, 2, cost_ratio=map_values / width
             ).sizes
-            shrinks = quotients * width + remainders * map_values < size * width
-            return (quotients, remainders) if shrinks else (size, 0)
+            shrinks = remainders * width + quotients * map_values < size * width
+            return (remainders, quotients) if shrinks else (size, 0)
 
         def cost(index: int, level: int) -> int:
             rows, maps = rows_and_maps(sizes[index], most - level)
@@ -107,7 +110,7 @@ class Path(CompressedTables):
         super().__init__(tables, [[stacked_table("path_rows", rows, width, [start_variance(t) for t in tables])]])
         # What serving needs is saved, and counted in the model's bytes.
         self.divisors: Tensor
-        self.register_buffer("divisors", per_feature(tables, self.num_collisions))
+        self.register_buffer("divisors", per_feature(tables, rows))
         self.starts: Tensor
         self._first_rows = first_rows(rows)
         self.register_buffer("starts", per_feature(tables, self._first_rows))
@@ -154,8 +157,8 @@ class Path(CompressedTables):
         divisors = at_features(self.divisors, features)
         # Integers: ids / c would pass through float32 and misplace ids above 2**24.
         quotients = torch.div(bags.ids, divisors, rounding_mode="floor")
-        maps = bags.ids - quotients * divisors + at_features(self._first_maps, features)
-        return quotients + at_features(self.starts, features), maps
+        rows = bags.ids - quotients * divisors + at_features(self.starts, features)
+        return rows, quotients + at_features(self._first_maps, features)
 
     def _by_map(self, maps: Tensor) -> tuple[Tensor, list[int]]:
         """Positions of ids map after map, and how many ids each has; those without come last."""

@@ -36,11 +36,12 @@ def test_vectors_equal_the_formula(ids: list[list[list[int]]], hidden_units: int
             start += -(-before.num_embeddings // c)
             first_map += c if c > 1 else 0
         c = group.num_collisions[t]
-        row = rows[start + value // c]
+        m = -(-config.num_embeddings // c)
+        row = rows[start + value % m]
         for number, layer in enumerate(group.layers if c > 1 else []):
             row = torch.relu(row) if number else row
             weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-            row = row @ weight[first_map + value % c] + bias[first_map + value % c]
+            row = row @ weight[first_map + value // m] + bias[first_map + value // m]
         return row.detach()
 
     check_batch(collection, vector, ids)
@@ -84,10 +85,10 @@ def test_ids_of_one_row_differ_and_quotients_of_large_ids_are_exact() -> None:
     collection = CompressedEmbeddingBagCollection([table("a", n, dim=4)], partial(Path, num_collisions=c))
     group = group_of(collection)
     assert isinstance(group, Path)
-    large = [2**24 + 1, 2**24 + 2, n - 1]
+    large = [2**24 + 1, 2**24 + 1 + n // c, n - 1]
     output = collection(bags(["a"], [[[value] for value in large]]))["a"]
     for row, value in zip(output, large, strict=True):
-        expected = rows_of(group)[value // c] @ group.layers[0].weight[value % c]  # type: ignore[index]
+        expected = rows_of(group)[value % (n // c)] @ group.layers[0].weight[value // (n // c)]  # type: ignore[index]
         torch.testing.assert_close(row, expected)
     assert not torch.equal(output[0], output[1])
 
