@@ -165,6 +165,7 @@ def build_model(
     optimizer: EmbeddingOptimizer,
     *,
     method: Method | None = None,
+    counted_by: Manifest | None = None,
 ) -> tuple[nn.Module, MemoryReport]:
     """The model on the CPU with fresh weights, and the bytes of its tables.
 
@@ -175,13 +176,17 @@ def build_model(
         inputs: what it reads.
         optimizer: of the tables, whose state is counted.
         method: of the tables, instead of the configured one: what a search's plan asks for.
+        counted_by: data set whose train counts a configured method gets that takes them, once it is sized. Without, as
+            where weights are loaded that were trained with them, sizes are the same.
 
     Raises:
         ValueError: see ``sized_method`` and the classes built.
         MemoryError: the tables and their optimizer state are larger than the memory there is.
     """
     tables = inputs.logical_tables(config.embedding_dim)
-    method = sized_method(config, tables) if method is None else method
+    if method is None:
+        method = sized_method(config, tables)
+        method = method if counted_by is None else with_train_counts(method, counted_by)
     estimate = estimate_memory(tables, method, full_below_rows=config.full_below_rows, optimizer=optimizer)
     _check_fits(estimate)
     build = build_target(head)

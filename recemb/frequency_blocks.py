@@ -59,6 +59,43 @@ def frequency_blocks(
     return list(torch.from_numpy(blocks).split(sizes))
 
 
+def frequent_ids(
+    tables: Sequence[EmbeddingBagConfig], num_ids: int, train_counts: Mapping[str, Tensor] | None
+) -> list[int]:
+    """How many ids of each table are among the ``num_ids`` most frequent of all bounded tables.
+
+    Args:
+        tables: the logical tables; those of unbounded ids have none.
+        num_ids: as many in all, or every id there is.
+        train_counts: as for ``frequency_blocks``, which says what None means.
+
+    Raises:
+        ValueError: counts that are missing, of another length or negative.
+    """
+    sizes = np.array([0 if table.num_embeddings == UNBOUNDED else table.num_embeddings for table in tables])
+    num_ids = min(num_ids, int(sizes.sum()))
+    if train_counts is not None:
+        counts = [_counts(table, train_counts) for table, size in zip(tables, sizes, strict=True) if size]
+        all_counts = np.concatenate([*counts, np.empty(0, dtype=np.int64)])
+        if num_ids == 0:
+            return [0] * len(tables)
+        last = np.partition(all_counts, len(all_counts) - num_ids)[len(all_counts) - num_ids]
+        above, equal = np.zeros_like(sizes), np.zeros_like(sizes)
+        above[sizes > 0] = [(values > last).sum() for values in counts]
+        equal[sizes > 0] = [(values == last).sum() for values in counts]
+    else:
+        # The highest rank whose ids all are among them, and the ids of the next.
+        low, high = 0, int(sizes.max()) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if np.minimum(sizes, middle).sum() <= num_ids else (low, middle)
+        above = np.minimum(sizes, low)
+        equal = (sizes > low).astype(np.int64)
+    before = np.cumsum(equal) - equal
+    chosen = above + np.clip(num_ids - above.sum() - before, 0, equal)
+    return [int(count) for count in chosen]
+
+
 def _counts(table: EmbeddingBagConfig, train_counts: Mapping[str, Tensor]) -> np.ndarray:
     if table.name not in train_counts:
         raise ValueError(f"table {table.name!r}: train_counts are required, got those of {sorted(train_counts)}")

@@ -123,6 +123,16 @@ def test_methods_that_take_train_counts_get_those_of_the_vocabulary(tmp_path):
     assert group.blocks.tolist() == [0, 1, 1, 0, 1]
 
 
+def test_a_sized_method_gets_the_train_counts_of_a_data_set(tmp_path):
+    data = counted(tmp_path, {"C1": [5, 90, 70, 3], "C2": [1, 30, 2]})
+    # Four rows of 8 values: two own ones of 9 bytes, two shared ones of 5, and three integers a feature.
+    config = embedding("tiered.Tiered", budget=78, num_lookups=1)
+    for counted_by, own in ((None, [1, 1]), (data, [2, 0])):
+        model, report = build_model(config, HEAD, ModelInputs.of(data), EmbeddingOptimizer(), counted_by=counted_by)
+        assert report.serving_bytes == 2 * 9 + 2 * 5 + 3 * 2 * 8
+        assert model.embeddings.groups[0].tiers.own.tolist() == own
+
+
 def test_methods_without_need_of_train_counts_stay_as_they_are(tmp_path):
     data = counted(tmp_path, {"C1": [5, 90, 7]})
     assert with_train_counts(Full, data) is Full

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recemb.frequency_blocks import frequency_blocks
+from recemb.frequency_blocks import frequency_blocks, frequent_ids
 from recemb.method import UNBOUNDED
 from tests.embedding_cases import table
 
@@ -64,3 +64,27 @@ def test_bad_shares_and_counts_are_refused(
 def test_unbounded_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="have no frequency"):
         frequency_blocks([table("a", UNBOUNDED)], [1.0], None)
+
+
+@given(
+    counts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), min_size=1, max_size=4),
+    num_ids=st.integers(0, 130),
+    known=st.booleans(),
+)
+def test_most_frequent_ids_are_those_of_sorting_all(counts: list[list[int]], num_ids: int, known: bool) -> None:
+    tables = [table(str(index), len(own)) for index, own in enumerate(counts)]
+    given_counts = {config.name: torch.tensor(own) for config, own in zip(tables, counts, strict=True)}
+    ranked = sorted(
+        (-count if known else i, index, i) for index, own in enumerate(counts) for i, count in enumerate(own)
+    )
+    chosen = [index for _, index, _ in ranked[:num_ids]]
+    expected = [chosen.count(index) for index in range(len(tables))]
+    assert frequent_ids(tables, num_ids, given_counts if known else None) == expected
+
+
+def test_unbounded_ids_are_never_among_the_most_frequent() -> None:
+    tables = [table("a", 3), table("hashed", UNBOUNDED), table("b", 2)]
+    assert frequent_ids(tables, 4, None) == [2, 0, 2]
+    counts = {"t_a": torch.tensor([5, 1, 1]), "t_b": torch.tensor([2, 1])}
+    assert frequent_ids(tables, 3, counts) == [2, 0, 1]
+    assert frequent_ids([table("hashed", UNBOUNDED)], 3, None) == [0]

@@ -27,6 +27,8 @@ RATIOS = (3, 10, 30, 100)
 OUT_OF_REACH = {
     # Codes of one byte end at 256 clusters; the next size has codes of two bytes, 6% of the full tables more.
     ("cce", 10),
+    # Every id owns rows of 8 bits: it has no larger form.
+    ("tiered", 3),
 }
 
 

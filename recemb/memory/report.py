@@ -19,6 +19,7 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
 from recemb.method import UNBOUNDED, CompressedTables, Method
 from recemb.optimizers import EmbeddingOptimizer
+from recemb.quantised_rows import QuantisedRows
 
 _VALUE_BYTES = 4
 
@@ -153,6 +154,11 @@ class _Held:
                 weight = group.get_parameter(key)
                 rows, width = weight.shape
                 tables.append(TableMemory(config.name, rows, width, weight.nbytes, trained_by.state_bytes(rows, width)))
+        for path, module in group.named_modules():
+            if isinstance(module, QuantisedRows):
+                counted |= {f"{path}.{name}" for name, _ in module.named_buffers()}
+                size = sum(buffer.nbytes for buffer in module.buffers())
+                tables.append(TableMemory(path.replace(".", "__"), module.num_rows, module.width, size, 0))
         index_bytes = dense_bytes = 0
         for key, tensor in group.state_dict().items():
             if key in counted:

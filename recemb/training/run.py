@@ -108,7 +108,9 @@ class _Run:
         seed_everything(config.seed)
         inputs = ModelInputs.of(self.data.manifest)
         embedding_optimizer = build_target(config.optimizer.embedding)
-        model, self.memory = build_model(config.embedding, config.model, inputs, embedding_optimizer)
+        model, self.memory = build_model(
+            config.embedding, config.model, inputs, embedding_optimizer, counted_by=self.data.manifest
+        )
         if config.embedding.mini_batch_aware_decay:
             decay_by_train_counts(model, self.data.manifest, config.embedding.mini_batch_aware_decay)
         self.dense_parameters = dense_parameters(model)
