@@ -36,7 +36,8 @@ class FusedTables(nn.Module):
     """Same call, same state-dict keys as the collection it replaces; backward() updates the rows in place.
 
     Args:
-        collection: what to replace; its weights are copied (float32).
+        collection: what to replace; its weights are copied (float32). Where they lie on the meta device, rows are
+            initialised in the kernel's memory by each table's ``init_fn``, and exist once instead of twice meanwhile.
         optimizer: how rows are trained.
         device: where the tables lie.
 
@@ -80,7 +81,11 @@ class FusedTables(nn.Module):
             source = collection.embedding_bags[config.name].weight
             if source.dtype != torch.float32:
                 raise ValueError(f"table {config.name!r}: fused training needs float32 weights, got {source.dtype}")
-            weights[config.name].copy_(source.detach())
+            if source.is_meta:
+                assert config.init_fn is not None, "TorchRec's collection sets it"
+                config.init_fn(weights[config.name])
+            else:
+                weights[config.name].copy_(source.detach())
             self.embedding_bags[config.name] = _Weight(weights[config.name])
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from recemb.collection import compressed_groups, own_optimizers
@@ -33,7 +33,9 @@ def prepare(
     TorchRec's with dense gradients, on any device; every rank of a process group then holds them whole.
 
     Args:
-        model: any module that holds TorchRec or recemb collections, or is one.
+        model: any module that holds TorchRec or recemb collections, or is one. While fused kernels are made, memory
+            holds the tables twice; TorchRec collections on the meta device, and recemb's full tables built there, are
+            initialised in the kernels instead, which takes half.
         embedding_optimizer: trains the tables.
         dense_optimizer: makes the optimizer of all other parameters, e.g. ``partial(torch.optim.Adam, lr=1e-3)``.
         device: where to train.
@@ -46,7 +48,8 @@ def prepare(
         backward().
 
     Raises:
-        ValueError: tables that fused kernels or the planner cannot take; on every rank alike.
+        ValueError: tables that fused kernels or the planner cannot take; on every rank alike. Without a process group
+            also tensors on the meta device that are no fused tables.
 
     Example:
         >>> from functools import partial
@@ -73,6 +76,8 @@ def prepare(
             continue
         for bag in collection.embedding_bags.values():
             bag.sparse = not trained_by.trains_all_rows
+    if left := [name for name, tensor in _tensors(model) if tensor.is_meta]:
+        raise ValueError(f"only tables of fused kernels may lie on the meta device, got {left[0]!r} there")
     model.to(device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers, architecture = _others(model, trainable, embedding_optimizer, dense_optimizer)
@@ -104,6 +109,10 @@ def _others(
     if dense := [parameter for parameter in trainable if id(parameter) not in excluded]:
         optimizers["dense"] = dense_optimizer(dense)
     return optimizers, architecture
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
 def _architecture(model: nn.Module) -> tuple[list[torch.optim.Optimizer], set[int]]:

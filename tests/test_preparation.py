@@ -13,8 +13,10 @@ from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.fused import FusedTables
 from recemb.method import WIDEST_ROW
+from recemb.methods.hashing import Hashing
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
@@ -258,3 +260,25 @@ def test_the_widest_row_trains(name: str) -> None:
 def test_optimizer_options_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EmbeddingOptimizer(**options)  # type: ignore[arg-type]
+
+
+def test_tables_on_the_meta_device_are_initialised_in_the_kernels() -> None:
+    collection = EmbeddingBagCollection(tables=small_tables(), device=torch.device("meta"))
+    torch.manual_seed(3)
+    model, _ = prepare(collection, EmbeddingOptimizer(), ADAM)
+    torch.manual_seed(3)
+    for config in small_tables():
+        # TorchRec's own rule: uniform within 1 / sqrt(rows).
+        bound = config.num_embeddings**-0.5
+        expected = torch.empty(config.num_embeddings, config.embedding_dim).uniform_(-bound, bound)
+        assert torch.equal(model.state_dict()[f"embedding_bags.{config.name}.weight"], expected)
+
+
+def test_other_tensors_on_the_meta_device_are_refused() -> None:
+    with torch.device("meta"):
+        model = CompressedEmbeddingBagCollection(small_tables(), partial(Hashing, num_embeddings=10))
+    with pytest.raises(ValueError, match=r"only tables of fused kernels may lie on the meta device, got 'groups\.0\."):
+        prepare(model, EmbeddingOptimizer(), ADAM)
+    collection = EmbeddingBagCollection(tables=small_tables(), device=torch.device("meta"))
+    with pytest.raises(ValueError, match=r"got 'embedding_bags\.t_ad\.weight' there"):
+        prepare(collection, EmbeddingOptimizer("adam"), ADAM)
