@@ -138,8 +138,12 @@ def plan_shards(
         return planner.plan(model, sharders([model.get_submodule(path) for path in whole]))
     except PlannerError as error:
         first = str(error).strip().splitlines()[0]
+        in_host = device_type == "cpu" or caching
+        held = sum(device.storage.ddr if in_host else device.storage.hbm for device in topology.devices)
         raise ValueError(
             f"tables cannot be placed on {world_size} {device_type} ranks: {first} "
+            f"Their rows take {_table_bytes(model):,} bytes without the optimizer's state; the ranks have {held:,} "
+            f"bytes{' of host memory' if in_host else ''}, of which {RESERVED_FRACTION:.0%} stay free. "
             "Give more ranks or memory, a smaller budget, or allow row_wise placement."
         ) from error
 
@@ -260,6 +264,11 @@ def dense_parameters(sharded: nn.Module) -> list[nn.Parameter]:
         for _, parameter in in_backward_optimizer_filter(sharded.named_parameters())
         if parameter.requires_grad
     ]
+
+
+def _table_bytes(model: nn.Module) -> int:
+    collections = (module for module in model.modules() if isinstance(module, EmbeddingBagCollection))
+    return sum(bag.weight.nbytes for collection in collections for bag in collection.embedding_bags.values())
 
 
 def _allowed(config: EmbeddingBagConfig, placement: Mapping[str, Sequence[str]], world_size: int) -> list[str]:
