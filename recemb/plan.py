@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from recemb.files import write_json
+from recemb.tensor_files import save_tensors
 
 PLAN_FILE = "plan.json"
 TENSORS_FILE = "plan.safetensors"
@@ -137,7 +138,7 @@ class CompressionPlan:
             if (tensor := getattr(table, part)) is not None
         }
         temporary = folder / f".{TENSORS_FILE}.partial"
-        save_file(tensors, str(temporary))
+        save_tensors(temporary, tensors)
         temporary.replace(folder / TENSORS_FILE)
         content = {
             "source": self.source,

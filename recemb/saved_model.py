@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchrec.distributed.types import ShardedModule
 
@@ -27,6 +26,7 @@ from recemb.files import write_json
 from recemb.golden import check_hash, check_vectors, hash_answers, vector_answers
 from recemb.memory import measure_memory
 from recemb.model_description import build, collections_of, describe
+from recemb.tensor_files import save_tensors
 from recemb.vocabulary_reference import describe_data
 
 FORMAT_VERSION = 1
@@ -74,7 +74,7 @@ def save(model: nn.Module, path: str | Path, *, manifest: Manifest | None = None
     path.mkdir(parents=True, exist_ok=True)
     temporary = path / f".{TENSORS_FILE}.partial-{os.getpid()}"
     try:
-        save_file({name: _whole(tensor) for name, tensor in model.state_dict().items()}, str(temporary))
+        save_tensors(temporary, {name: _whole(tensor) for name, tensor in model.state_dict().items()})
         content["tensors"] = {
             "file": TENSORS_FILE,
             "bytes": temporary.stat().st_size,

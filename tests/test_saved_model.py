@@ -206,6 +206,12 @@ assert not torch.distributed.is_initialized()
     assert float(done.stdout) == pytest.approx(logit, rel=1e-5)
 
 
+def test_whoever_reads_the_description_may_read_the_tensors(saved: Path) -> None:
+    """safetensors makes its files for their owner alone; models are served by others than those who train them."""
+    description, tensors = (saved / name for name in ("recemb.json", "model.safetensors"))
+    assert tensors.stat().st_mode == description.stat().st_mode
+
+
 def test_the_description_says_where_the_model_comes_from(saved: Path) -> None:
     content = read_description(saved)
     assert content["made_by"]["packages"]["torch"] == metadata.version("torch")
@@ -331,7 +337,7 @@ def test_a_failed_write_leaves_nothing_that_loads(saved: Path, tmp_path: Path, m
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saved_model, "save_file", full_disk)
+    monkeypatch.setattr("recemb.tensor_files.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save(load(saved), tmp_path / "new")
     with pytest.raises(FileNotFoundError, match="not the folder of a saved model"):

@@ -6,7 +6,6 @@ Reference: Lyu et al., arXiv:2208.04482. The search itself is in ``recemb.traini
 from __future__ import annotations
 
 import logging
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -184,19 +183,26 @@ class _Search:
     def _after_generation(self, state: EvolutionState, log: StepLog) -> None:
         best = state.best
         size = self.bytes_of(best)
-        values = {"auc": state.scores[best], "bytes": size, "mean_width": math.fsum(best) / len(best)}
+        rows = [self.rows.tables[name].num_rows() for name in self.names]
+        values = {
+            "auc": state.scores[best],
+            "bytes": size,
+            "kept_rows": sum(rows),
+            "mean_dim": sum(width * count for width, count in zip(best, rows, strict=True)) / max(sum(rows), 1),
+        }
         log.write(state.generation, "architecture", values)
         if self.context.ranks.is_first:
             state.save(self.context.folder / STATE_FILE)
         logger.info(
-            "stage %s: generation %d of %d, %d candidates, best score %.5f in %s bytes, mean width %.2f",
+            "stage %s: generation %d of %d, %d candidates, best score %.5f so far: %s rows, mean width %.2f, %s bytes",
             self.stage.name,
             state.generation,
             self.stage.generations,
             len(state.scores) + len(state.dropped),
             state.scores[best],
+            f"{sum(rows):,}",
+            values["mean_dim"],
             f"{size:,}",
-            values["mean_width"],
         )
 
 

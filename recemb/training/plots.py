@@ -40,7 +40,8 @@ def loss_plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     right = axes.twinx()
     right.plot(steps, [line["auc"] for line in validation], "s--", color=_ORANGE, markersize=4, label="validation AUC")
     right.set_ylabel("AUC")
-    axes.legend(handles=[*axes.get_lines(), *right.get_lines()], frameon=False, loc="center right")
+    # Below: inside, curves of any shape would lie under it.
+    figure.legend(handles=[*axes.get_lines(), *right.get_lines()], frameon=False, loc="outside lower center", ncols=3)
     axes.grid(color="#e8ebee")
     save_figure(figure, path)
 
@@ -65,7 +66,7 @@ def table_bytes_plot(memory: MemoryReport, path: Path) -> None:
     )
     for axes, (sizes, total, color, name) in zip(panels, contents, strict=True):
         axes.barh(list(sizes), list(sizes.values()), color=color)
-        axes.invert_yaxis()
+        axes.set_ylim(len(sizes) - 0.4, -0.6)
         axes.set_title(f"{name}: {format_bytes(total)}", loc="left", fontsize=10)
         axes.set_xscale("log")
         axes.tick_params(axis="y", labelsize=8)

@@ -31,6 +31,10 @@ from recemb.training.stage import STAGE_FILE, Stage, StageContext, StageData, St
 
 logger = logging.getLogger(__name__)
 
+_MODEL_FOLDER = "model"
+_MEMORY_FILE = "memory.json"
+_FILES_AT_THE_END = ("report.md", _MEMORY_FILE, "checkpoints")
+
 
 class StagedRun:
     """The stages of ``embedding.stages``, in order, each in a folder of its own below the run's.
@@ -102,7 +106,11 @@ class StagedRun:
             return
         gone = [self._folder(index) for index in range(first, len(names)) if self._folder(index).exists()]
         logger.warning("running stage %s again: removing %s", asked, ", ".join(folder.name for folder in gone))
-        (self.folder.path / RESULTS_FILE).unlink(missing_ok=True)
+        path = self.folder.path
+        # What the end of the run made of them; results first, which say that it ended.
+        for file in (path / RESULTS_FILE, *map(path.joinpath, _FILES_AT_THE_END), *path.glob("*.png")):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(path / _MODEL_FOLDER, ignore_errors=True)
         for folder in reversed(gone):
             shutil.rmtree(folder)
 
@@ -166,7 +174,7 @@ class StagedRun:
         if self.ranks.is_first:
             evaluation = evaluate_predictions(predictions, user_column=user)
             results = self._results(outcomes, evaluation, memory, dense_parameters(model))
-            write_json(self.folder.path / "memory.json", memory.to_dict())
+            write_json(self.folder.path / _MEMORY_FILE, memory.to_dict())
             write_search_report(
                 self.folder.path,
                 results,
@@ -180,7 +188,7 @@ class StagedRun:
 
     def _save(self, model: nn.Module) -> None:
         """``RUN/model``, for ``recemb.load``."""
-        folder = self.folder.path / "model"
+        folder = self.folder.path / _MODEL_FOLDER
         if self.ranks.is_first:
             if folder.exists():
                 # Of a run that was killed before its results.

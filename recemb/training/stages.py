@@ -163,6 +163,14 @@ def _train(
     if plan is not None:
         sizes |= _of_plan(context, plan, model)
         logger.info("stage %s: %s", stage.name, _shown(sizes))
+    elif tables := [table for group in compressed_groups(model) if group.searches for table in group.tables]:
+        logger.info(
+            "stage %s: trains all %s rows of width %d, in %d tables",
+            stage.name,
+            f"{sum(table.num_embeddings for table in tables):,}",
+            tables[0].embedding_dim,
+            len(tables),
+        )
     if strength := context.config.embedding.mini_batch_aware_decay:
         decay_by_train_counts(model, context.data.manifest, strength)
     prepared, optimizer = context.prepare(model)

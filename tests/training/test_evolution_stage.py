@@ -14,6 +14,7 @@ from recemb.plan import CompressionPlan
 from recemb.training.metrics_log import read_metrics
 from recemb.training.resume import config_to_train
 from recemb.training.run import train
+from recemb.training.search_report import search_points, stage_curves
 from tests.data.encoded import write_encoded
 from tests.training.test_stages import config_of
 
@@ -54,8 +55,30 @@ def test_supernet_search_and_retraining_end_in_smaller_tables(finished: Path) ->
     assert sum(table.num_rows() for table in plan.tables.values()) == figures["kept_rows"]
     lines = [line for line in read_metrics(finished / "stages" / "1-search") if line["split"] == "architecture"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert figures["auc"] == pytest.approx(lines[-1]["auc"], abs=1e-12)
-    assert (finished / "search.png").is_file()
+    for name in ("auc", "bytes", "kept_rows", "mean_dim"):
+        assert figures[name] == pytest.approx(lines[-1][name], abs=1e-12), name
+
+
+def test_plots_keep_what_different_rows_say_apart(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    outcomes, paths = search_points(finished / "stages", results)
+    assert outcomes == {stage["name"]: (stage["bytes"], stage["validation"]["auc"]) for stage in results["stages"]}
+    assert list(paths) == ["search"] and len(paths["search"]) == 4
+    assert paths["search"][-1] == (figures_of(finished)["bytes"], pytest.approx(figures_of(finished)["auc"]))
+    plan = CompressionPlan.load(finished / "stages" / "1-search" / "plan")
+    supernet, search, retrain = stage_curves(finished / "stages", results, plan)
+    assert [curve.unit for curve in (supernet, search, retrain)] == ["step", "generation", "step"]
+    assert search.positions == [1, 2, 3, 4]
+    assert {name: shares[-1] for name, shares in search.kept.items()} == pytest.approx(
+        {
+            "rows": figures_of(finished)["kept_rows"] / 1120,
+            "mean width": figures_of(finished)["mean_dim"] / 8,
+            "bytes": figures_of(finished)["bytes"] / FULL_BYTES,
+        }
+    )
+    assert list(supernet.kept) == ["rows"] and 0 < supernet.kept["rows"][-1] <= 1
+    assert not retrain.kept
+    assert all((finished / f"{name}.png").is_file() for name in ("progress", "search", "fields"))
 
 
 def test_a_killed_search_goes_on_to_the_same_plan(finished: Path, tmp_path: Path) -> None:
