@@ -33,7 +33,16 @@ import pyarrow.json
 from data_pipelines.delimited import DelimitedFile
 from data_pipelines.event_store import no_nulls
 from data_pipelines.schema import Requirement
-from data_pipelines.sources import LazyBatch, ParquetFile, RowError, Source, check_exists, is_parquet, open_parquet
+from data_pipelines.sources import (
+    LazyBatch,
+    ParquetFile,
+    Renamed,
+    RowError,
+    Source,
+    check_exists,
+    is_parquet,
+    open_parquet,
+)
 
 EVENT_COLUMNS = ("user", "item", "moment")
 _ALIASES = {
@@ -99,7 +108,7 @@ def open_reviews(path: Path, columns: tuple[str, ...] | None) -> Reviews:
         names = _first_cells(path) if header else list(columns or _HEADERLESS)
         stored = _stored(path, names)
         required = {old: _KINDS[new] for new, old in stored.items()}
-        source = Named(DelimitedFile(path, tuple(names), required, ",", header=header, quoted=True), stored)
+        source = Renamed(DelimitedFile(path, tuple(names), required, ",", header=header, quoted=True), stored)
     else:
         stored = _stored(path, list(_first_record(path)))
         stored.pop("category", None)
@@ -148,37 +157,6 @@ def _first_record(path: Path) -> Mapping[str, Any]:
     for number, line in text_lines(path):
         return record(path, number, line)
     raise ValueError(f"{path}: empty file; at least one row is required")
-
-
-@dataclass(frozen=True)
-class Named:
-    """A source whose columns come out under other names.
-
-    Args:
-        source: the file.
-        stored: name that comes out -> name in the file.
-    """
-
-    source: Source
-    stored: Mapping[str, str]
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    def check(self) -> None:
-        self.source.check()
-
-    def place(self, row: int) -> str:
-        return self.source.place(row)
-
-    def batches(self) -> Iterator[LazyBatch]:
-        return (partial(_select, load, self.stored) for load in self.source.batches())
-
-
-def _select(load: LazyBatch, stored: Mapping[str, str]) -> pa.Table:
-    table = load()
-    return pa.table({new: table[old] for new, old in stored.items()})
 
 
 @dataclass(frozen=True)

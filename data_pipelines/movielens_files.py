@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 from data_pipelines.delimited import DelimitedFile
 from data_pipelines.event_store import no_nulls
 from data_pipelines.schema import Requirement
-from data_pipelines.sources import LazyBatch, ParquetFile, RowError, Source, check_exists, is_parquet, open_parquet
+from data_pipelines.sources import ParquetFile, Renamed, RowError, Source, check_exists, is_parquet, open_parquet
 
 RATING_COLUMNS = ("user", "movie", "rating", "moment")
 USER_FEATURES = ("gender", "age", "occupation", "zip")
@@ -150,38 +149,12 @@ def open_ratings(path: Path) -> Ratings:
     if path.suffix == ".csv":
         stored = {"user": "userId", "movie": "movieId", "rating": "rating", "moment": "timestamp"}
         file = DelimitedFile(path, (), {stored[name]: kind for name, kind in kinds.items()}, ",", header=True)
-        return Ratings(Renamed(file, {old: new for new, old in stored.items()}), True)
+        return Ratings(Renamed(file, stored), True)
     if path.name == "u.data":
         return Ratings(DelimitedFile(path, RATING_COLUMNS, kinds), True)
     # "::" is two separators with nothing between them.
     columns = ("user", "_1", "movie", "_2", "rating", "_3", "moment")
     return Ratings(DelimitedFile(path, columns, kinds, ":"), True)
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """A source whose columns come out under other names."""
-
-    source: Source
-    names: dict[str, str]
-
-    @property
-    def path(self) -> Path:
-        return self.source.path
-
-    def check(self) -> None:
-        self.source.check()
-
-    def place(self, row: int) -> str:
-        return self.source.place(row)
-
-    def batches(self) -> Iterator[LazyBatch]:
-        return (partial(_rename, load, self.names) for load in self.source.batches())
-
-
-def _rename(load: LazyBatch, names: dict[str, str]) -> pa.Table:
-    table = load()
-    return table.rename_columns([names.get(name, name) for name in table.column_names])
 
 
 def read_movies(path: Path) -> pa.Table:

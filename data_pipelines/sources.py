@@ -214,3 +214,34 @@ def check_exists(path: Path) -> None:
         raise ValueError(f"{path}: is a directory; name the raw files themselves")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A source whose columns come out under other names.
+
+    Args:
+        source: the file.
+        stored: name that comes out -> name in the file.
+    """
+
+    source: Source
+    stored: Mapping[str, str]
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    def check(self) -> None:
+        self.source.check()
+
+    def place(self, row: int) -> str:
+        return self.source.place(row)
+
+    def batches(self) -> Iterator[LazyBatch]:
+        return (partial(_select, load, self.stored) for load in self.source.batches())
+
+
+def _select(load: LazyBatch, stored: Mapping[str, str]) -> pa.Table:
+    table = load()
+    return pa.table({new: table[old] for new, old in stored.items()})
