@@ -35,8 +35,8 @@ Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
-class TrainStage:
-    """Trains the method's own tables: a supernet, a warm start, or all there is to a search that prunes as it trains.
+class TrainingStage:
+    """What stages that train have in common.
 
     Args:
         name: of the stage's folder.
@@ -47,7 +47,6 @@ class TrainStage:
             becomes what it is to be only at its end.
         reset: what it starts from: ``"none"``: the stage before, where there is one; ``"rewind"``: the weights from
             before the first stage; ``"fresh"``: others.
-        architecture: let the architecture learn, from the same batches as the weights; False for a warm start.
     """
 
     name: str
@@ -56,6 +55,16 @@ class TrainStage:
     stops_early: bool = True
     keep: Keep = "best"
     reset: Reset = "none"
+
+
+@dataclass(frozen=True)
+class TrainStage(TrainingStage):
+    """Trains the method's own tables: a supernet, a warm start, or all there is to a search that prunes as it trains.
+
+    Args:
+        architecture: let the architecture learn, from the same batches as the weights; False for a warm start.
+    """
+
     architecture: bool = True
 
     def run(self, context: StageContext) -> StageOutcome:
@@ -63,21 +72,14 @@ class TrainStage:
 
 
 @dataclass(frozen=True)
-class BilevelStage:
+class BilevelStage(TrainingStage):
     """Weights learn from train batches, and between their steps the architecture from batches of its own split.
 
     Args:
-        name, epochs, max_steps, stops_early, keep, reset: as for ``TrainStage``.
         train_dense: train the dense layers with the tables; False leaves them as they are.
         every_steps: steps of the weights for one of the architecture.
     """
 
-    name: str
-    epochs: int | None = None
-    max_steps: int | None = None
-    stops_early: bool = True
-    keep: Keep = "best"
-    reset: Reset = "none"
     train_dense: bool = False
     every_steps: int = 1
 
@@ -132,28 +134,20 @@ class PruneStage:
 
 
 @dataclass(frozen=True)
-class RetrainStage:
+class RetrainStage(TrainingStage):
     """Trains the tables that the latest plan asks for, with what it keeps fixed.
 
     Args:
-        name, epochs, max_steps, stops_early: as for ``TrainStage``.
         reset: ``"rewind"`` (what a lottery ticket is), ``"none"`` (on from what the search had learnt) or ``"fresh"``.
     """
 
-    name: str
-    epochs: int | None = None
-    max_steps: int | None = None
-    stops_early: bool = True
     reset: Reset = "rewind"
-    keep: Keep = "best"
 
     def run(self, context: StageContext) -> StageOutcome:
         return _train(self, context, context.latest_plan(), Together())
 
 
-def _train(
-    stage: TrainStage | BilevelStage | RetrainStage, context: StageContext, plan: Path | None, steps: Steps
-) -> StageOutcome:
+def _train(stage: TrainingStage, context: StageContext, plan: Path | None, steps: Steps) -> StageOutcome:
     folder = RunFolder(context.folder)
     model, memory = context.build(plan)
     if folder.checkpoints.last is None:
