@@ -48,7 +48,9 @@ def main() -> None:
     )
     parser.add_argument("--name", default="", help="of the results, where overrides make it another method")
     parser.add_argument("--override", action="append", default=[], help="of python -m recemb.train, repeatable")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder of the results")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         planted = make(Path(scratch) / "data")
         for embedding in arguments.embeddings:
@@ -56,7 +58,7 @@ def main() -> None:
                 run = Path(scratch) / f"{embedding}-{seed}"
                 result = run_one(planted, embedding, seed, arguments.budget, arguments.override, run)
                 name = f"{arguments.name or embedding}-{arguments.budget}-{seed}.json"
-                write_json(HERE / "results" / name, result)
+                write_json(arguments.output / name, result)
                 print(
                     json.dumps({"name": name, "auc": result["test_auc"], "bytes": result["bytes"], **result["found"]})
                 )
