@@ -61,8 +61,8 @@ def main() -> None:
         title="DIN weighs the events of the interest that the target belongs to\n"
         "(synthetic log; a row: one user, shown items of two interests and of none)",
         marked=same_style,
-        mark_meaning="dot: also of the target's style, so it counts three times as much in the log's model; "
-        "no column tells styles",
+        mark_meaning="Long bars are events that matter for the target; a negative weight counts by its size.\n"
+        "Dot: also of the target's style, which counts three times as much in the log's model and is in no column.",
     )
 
 

@@ -49,12 +49,12 @@ def interest_plot(
             "interest_plot: one user at least, and as many targets for each are required, "
             f"got {[len(targets) for targets in users]} targets"
         )
-    width, height = 3.4 * len(users[0]) + 1.9, 2.2 * len(users) + 1.4
+    width, height = 3.4 * len(users[0]) + 1.9, 2.2 * len(users) + 1.6
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(users), len(users[0]), squeeze=False, sharey=True)
     # In inches: title above, legends at the right, words about the dots below.
-    edges = {"left": 0.9 / width, "right": 1 - 1.0 / width, "bottom": 0.65 / height, "top": 1 - 1.0 / height}
+    edges = {"left": 0.9 / width, "right": 1 - 1.0 / width, "bottom": 0.85 / height, "top": 1 - 1.0 / height}
     figure.subplots_adjust(**edges, hspace=0.42, wspace=0.12)
     for number, (line, targets) in enumerate(zip(axes, users, strict=True)):
         colours = _colours_of(targets)
