@@ -60,6 +60,7 @@ class LoopSettings:
         log_every_steps: a line in metrics.jsonl and TensorBoard, and a look at the loss on CUDA.
         validate_every_steps: besides the end of every epoch; None: only there.
         checkpoint_every_steps: besides those of validations; None: only those.
+        validate_start: before the first step too. For weights that were trained before, which may stay the best.
     """
 
     total_steps: int
@@ -68,6 +69,7 @@ class LoopSettings:
     log_every_steps: int = 20
     validate_every_steps: int | None = None
     checkpoint_every_steps: int | None = None
+    validate_start: bool = False
 
 
 class TrainingLoop:
@@ -169,6 +171,9 @@ class TrainingLoop:
             ValueError: the loss is not finite; names step, epoch, rows and the likely cause.
             OSError: a checkpoint or log could not be written; the last checkpoint is whole.
         """
+        if self.settings.validate_start and self.checkpoints.last is None:
+            self._validate(log)
+            self._save()
         self.model.train()
         self._start_clocks()
         while not self.finished:
@@ -217,18 +222,21 @@ class TrainingLoop:
         if saves or self.step % settings.log_every_steps == 0:
             self._log(log, progress)
         if validates:
-            metrics = self.validate()
+            self._validate(log)
             self.model.train()
-            best = all(group.settled for group in self._groups) and self.stopping.update(self.step, metrics)
-            log.write(self.step, "validation", metrics)
-            shown = ", ".join(_shown(name, value) for name, value in metrics.items())
-            earlier = self.stopping.best_value
-            so_far = " (best)" if best else "" if earlier is None else f" (best {earlier:.5f})"
-            logger.info("step %d: validation %s%s", self.step, shown, so_far)
         if saves:
             self._save()
         if saves or validates:
             self._start_clocks()
+
+    def _validate(self, log: StepLog) -> None:
+        metrics = self.validate()
+        best = all(group.settled for group in self._groups) and self.stopping.update(self.step, metrics)
+        log.write(self.step, "validation", metrics)
+        shown = ", ".join(_shown(name, value) for name, value in metrics.items())
+        earlier = self.stopping.best_value
+        so_far = " (best)" if best else "" if earlier is None else f" (best {earlier:.5f})"
+        logger.info("step %d: validation %s%s", self.step, shown, so_far)
 
     def _start_clocks(self) -> None:
         self._clock, self._cpu_clock = time.perf_counter(), time.process_time()

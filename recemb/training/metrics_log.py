@@ -31,19 +31,20 @@ class MetricsLog:
 
     Args:
         folder: the run's folder; TensorBoard's events go to ``folder/tensorboard``.
-        resume_step: steps already done by the run that is continued, 0 for a new one. Lines of later steps, which a
+        resume_step: steps already done by the run that is continued, None for a new one. Lines of later steps, which a
             killed run wrote after its last checkpoint, are dropped: they are about to be written again.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
         # Here, because importing it takes a second that no other part of the library has to wait for.
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / FILE_NAME
-        kept = [line for line in read_metrics(folder) if line["step"] <= resume_step] if resume_step else []
+        last = -1 if resume_step is None else resume_step
+        kept = [line for line in read_metrics(folder) if line["step"] <= last]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._stream = self.path.open("a")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Log the ``values`` of ``split`` (``"train"`` or ``"validation"``) after ``step`` steps."""

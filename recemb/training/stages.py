@@ -138,7 +138,8 @@ class RetrainStage(TrainingStage):
     """Trains the tables that the latest plan asks for, with what it keeps fixed.
 
     Args:
-        reset: ``"rewind"`` (what a lottery ticket is), ``"none"`` (on from what the search had learnt) or ``"fresh"``.
+        reset: ``"rewind"`` (what a lottery ticket is), ``"none"`` (on from what the search had learnt, which is
+            validated first and stays where no step improves it) or ``"fresh"``.
     """
 
     reset: Reset = "rewind"
@@ -193,6 +194,7 @@ def _train(stage: TrainingStage, context: StageContext, plan: Path | None, steps
         epochs=stage.epochs,
         max_steps=stage.max_steps,
         stops_early=stage.stops_early,
+        validate_start=isinstance(stage, RetrainStage) and stage.reset == "none",
     )
     searching = [group for group in groups if group.searches]
     for group, budget in zip(searching, budgets, strict=True):

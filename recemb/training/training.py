@@ -44,6 +44,7 @@ class Training:
         epochs: instead of ``trainer.epochs``.
         max_steps: instead of ``trainer.max_steps``.
         stops_early: False trains all steps, whatever ``trainer.stopping`` says; the best is known all the same.
+        validate_start: the weights that it starts from may be the best.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Training:
         epochs: int | None = None,
         max_steps: int | None = None,
         stops_early: bool = True,
+        validate_start: bool = False,
     ) -> None:
         trainer, stopping = config.trainer, config.trainer.stopping
         self.folder = folder
@@ -91,6 +93,7 @@ class Training:
                 log_every_steps=trainer.log_every_steps,
                 validate_every_steps=trainer.steps_between_validations(len(loader)),
                 checkpoint_every_steps=trainer.checkpoint_every_steps,
+                validate_start=validate_start,
             ),
             schedule=LearningRateSchedule(
                 total_steps=total_steps,
@@ -113,13 +116,15 @@ class Training:
         tune_allocators()
         if self._precision == "bf16":
             warn_where_bf16_is_slow(self._device)
+        resumed_step = None
         if self.folder.checkpoints.last is not None:
             loop.resume()
+            resumed_step = loop.step
         terminal = None if self._ranks.is_first else False
         with ExitStack() as stack:
             progress = stack.enter_context(Progress(self._total_rows, done_samples=loop.samples, terminal=terminal))
             if self._ranks.is_first:
-                loop.run(stack.enter_context(MetricsLog(self.folder.path, resume_step=loop.step)), progress)
+                loop.run(stack.enter_context(MetricsLog(self.folder.path, resume_step=resumed_step)), progress)
             else:
                 loop.run(NoLog(), progress)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recemb.checkpoint import Checkpoints, load_state
+from recemb.checkpoint import Checkpoints, load_model_tensors, load_state
 from recemb.training.loop import LoopSettings, TrainingLoop
 from recemb.training.metrics_log import MetricsLog, read_metrics
 from recemb.training.progress import Progress
@@ -112,6 +112,32 @@ def test_stops_early_and_keeps_the_best(tmp_path):
     assert loop.step == 20
     assert load_state(loop.checkpoints.best)["step"] == 10
     assert load_state(loop.checkpoints.last)["step"] == 20
+
+
+@pytest.mark.parametrize(("validations", "best"), [([0.9, 0.6, 0.7, 0.8], 0), ([0.5, 0.6, 0.7, 0.65], 10)])
+def test_weights_that_were_trained_before_may_stay_the_best(tmp_path, validations, best):
+    loop = make_loop(tmp_path, validations=validations, validate_every_steps=5, max_steps=15, validate_start=True)
+    start = state(loop)
+    run(loop, tmp_path)
+    assert [line["step"] for line in figures(tmp_path) if line["split"] == "validation"] == [0, 5, 10, 15]
+    assert load_state(loop.checkpoints.best)["step"] == best
+    load_model_tensors(loop.checkpoints.best, loop.model)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in state(loop).items()) == (best == 0)
+
+
+def test_killed_before_its_first_step_it_does_not_validate_its_start_again(tmp_path):
+    killed = make_loop(tmp_path, validate_start=True)
+
+    def train_step(batch):
+        raise Killed
+
+    killed._train_step = train_step
+    with pytest.raises(Killed):
+        run(killed, tmp_path)
+    resumed = make_loop(tmp_path, validate_start=True)
+    resumed.resume()
+    run(resumed, tmp_path)
+    assert [line["step"] for line in figures(tmp_path) if line["split"] == "validation"] == [0, 10, 20]
 
 
 def test_every_optimizer_follows_the_schedule(tmp_path):

@@ -208,6 +208,24 @@ def test_the_first_stage_begins_as_a_plain_training_of_the_seed_does(
     assert values[:20].abs().max() <= 20**-0.5 and values[120:].abs().max() <= 1000**-0.5
 
 
+def test_what_a_search_had_learnt_may_be_the_best_of_a_retraining_that_goes_on_from_it(
+    finished: Path, data: Path, tmp_path: Path
+) -> None:
+    train(config_of(data, tmp_path / "run", "embedding.stages.2.reset=none"))
+    stages = results_of(tmp_path / "run")["stages"]
+    found = validated(tmp_path / "run")
+    assert found[0] == pytest.approx(stages[1]["validation"]["auc"], abs=1e-12)
+    assert stages[2]["validation"]["auc"] == max(found.values())
+    # Rewound weights have learnt nothing.
+    assert min(validated(finished)) > 0
+
+
+def validated(run: Path) -> dict[int, float]:
+    """Step -> validation AUC of the retraining."""
+    lines = read_metrics(run / "stages" / "2-retrain")
+    return {line["step"]: line["auc"] for line in lines if line["split"] == "validation"}
+
+
 def test_a_sequence_model_searches_as_well(tmp_path: Path) -> None:
     write_behaviour_log(tmp_path / "log", rows=1500)
     changes = ["model=din", "trainer.batch_size=64", "embedding.budget=3x", "+embedding.mini_batch_aware_decay=0.001"]
