@@ -11,7 +11,7 @@ Differs from the paper:
 
 * A candidate that was scored is never scored again, and where a draw gives one that was, it is drawn anew, so that a
   generation looks at as many new candidates as it may.
-* With ``subsample_rows``, new candidates meet on a fixed sample of the rows first, and only the better of them are
+* Where there is a sample, new candidates meet on a fixed sample of the rows first, and only the better of them are
   scored on all (successive halving with one rung).
 * A size term and a byte budget can be part of the search, both off by default.
 

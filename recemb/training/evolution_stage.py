@@ -47,8 +47,8 @@ class EvolutionStage:
         name: of the stage's folder.
         generations, mutants, children, parents, mutation_probability: see ``EvolutionSettings``; the paper's.
         sample_rows: of the architecture rows, on which new candidates are compared before the better of them are scored
-            on all (successive halving): about as many as tell AUCs 0.001 apart. Where there are not twice as many rows,
-            all are scored on all. None: always.
+            on all (successive halving). 10,000 tell AUCs some 0.001 apart, which sorts out most of what is drawn; more
+            cost more. Where there are not twice as many rows, all are scored on all. None: always.
         promoted_fraction: of the new candidates, how many that is.
         size_weight: AUC that a plan of full bytes costs against one of none, 0 in the paper: 0.001 makes a tenth of
             the bytes worth 0.0001 of AUC.
@@ -60,7 +60,7 @@ class EvolutionStage:
     children: int = 10
     parents: int = 15
     mutation_probability: float = 0.1
-    sample_rows: int | None = 100_000
+    sample_rows: int | None = 10_000
     promoted_fraction: float = 0.25
     size_weight: float = 0.0
 
@@ -148,7 +148,7 @@ class _Search:
             log: StepLog = NoLog()
             if self.context.ranks.is_first:
                 done = self.evolution.state.generation
-                log = stack.enter_context(MetricsLog(self.context.folder, resume_step=done))
+                log = stack.enter_context(MetricsLog(self.context.folder, resume_step=done or None))
             best = self.evolution.run(self._score, lambda state: self._after_generation(state, log))
         state, seconds = self.evolution.state, time.perf_counter() - begun
         plan = with_widths(self.rows, self.widths_found())

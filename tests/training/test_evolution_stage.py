@@ -101,6 +101,14 @@ def test_a_killed_search_goes_on_to_the_same_plan(finished: Path, tmp_path: Path
         assert torch.equal(again.tables[name].mask(), table.mask())
 
 
+def test_most_candidates_are_dropped_on_a_sample(data: Path, tmp_path: Path) -> None:
+    train(config_of(data, tmp_path / "run", *OPTIONS, "embedding.stages.1.sample_rows=100", "trainer.max_steps=10"))
+    figures = figures_of(tmp_path / "run")
+    # At most 20 a generation, of which a quarter see all of the 300 rows or so.
+    assert 40 < figures["candidates"] <= 80
+    assert figures["candidates_on_all_rows"] == pytest.approx(figures["candidates"] / 4, abs=2)
+
+
 @pytest.mark.parametrize("name", ["optembed", "optembed_d"])
 def test_a_budget_is_met_closely(name: str, data: Path, tmp_path: Path) -> None:
     options = [f"embedding={name}", "embedding.budget=5x", "embedding.stages.1.generations=2", "trainer.max_steps=10"]
