@@ -30,8 +30,7 @@ def summary_table(results: Mapping[str, Any]) -> str:
         *([("test GAUC", f"{test['users']['gauc']:.5f}", _left_out(test["users"]))] if "users" in test else []),
         ("test log loss", f"{test['logloss']:.5f}", f"best possible {optimum['logloss']:.5f}" if optimum else ""),
         ("embedding bytes", f"{embedding['bytes']:,}", embedding["method"]),
-        ("bytes of full tables", f"{embedding['full_bytes']:,}", ""),
-        ("ratio", f"{embedding['ratio']:.2f}x", ""),
+        *_against_full(embedding),
         ("samples/s", f"{train['samples_per_second']:,.0f}", f"{train['samples']:,} samples"),
         ("data", results["data"]["source"], results["data"]["path"]),
         ("run", results["run"], ""),
@@ -40,6 +39,13 @@ def summary_table(results: Mapping[str, Any]) -> str:
     # The last line's path would push the remarks of the others off the screen.
     values = max(len(value) for _, value, remark in rows if remark or value != results["run"])
     return "\n".join(f"{name:<{names}}  {value:>{values}}  {remark}".rstrip() for name, value, remark in rows)
+
+
+def _against_full(embedding: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    # Ids that are all hashes have no full tables.
+    if not embedding["full_bytes"]:
+        return [("bytes of full tables", "none", "ids are hashes")]
+    return [("bytes of full tables", f"{embedding['full_bytes']:,}", ""), ("ratio", f"{embedding['ratio']:.2f}x", "")]
 
 
 def _left_out(users: Mapping[str, Any]) -> str:

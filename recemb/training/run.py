@@ -137,12 +137,12 @@ class _Run:
     def to_the_end(self, *, test: bool) -> dict[str, Any]:
         """Train; if ``test``, restore the best checkpoint, look at the test split once and write everything."""
         logger.info(
-            "training on %s (%s rows), %s: %s bytes of tables instead of %s",
+            "training on %s (%s rows), %s: %s bytes of tables%s",
             self.data.manifest.root,
             f"{self.data.manifest.split('train').rows:,}",
             self.config.embedding.method_name,
             f"{self.memory.serving_bytes:,}",
-            f"{self.memory.full_bytes:,}",
+            f" instead of {self.memory.full_bytes:,}" if self.memory.full_bytes else ", whose ids are hashes",
         )
         self.training.run()
         if not test:
