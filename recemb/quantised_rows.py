@@ -1,11 +1,11 @@
-"""Rows in 8 or 4 bits a value with a scale a row, and the same values while they still train in float32.
+"""Rows in 8 or 4 bits a value with a scale a row, and the same values of rows that are float32 still.
 
 A row is ``scale * codes`` with integer codes in [-127, 127] or [-7, 7]. The scale is the smallest that reaches the
 row's largest value, rounded up to one of 256: five bits of exponent and three of mantissa. A byte instead of float16's
 two makes a row of 8 values at 4 bits a sixth smaller and its steps at most an eighth wider, and as it is a cut of
 float32's own bits, every device computes it alike.
 
-Training on rounded values with the gradient of the unrounded ones (straight-through): Bengio et al., arXiv:1308.3432.
+Gradients pass a rounding unchanged (straight-through): Bengio et al., arXiv:1308.3432.
 
 Shapes: R rows, W values of a row, M rows that are looked up.
 """

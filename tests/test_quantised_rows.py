@@ -1,4 +1,4 @@
-"""Rows in few bits against exact arithmetic, and against what training rounds them to."""
+"""Rows in few bits against exact arithmetic, and against float32 rows that are rounded alike."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def test_rows_come_back_as_exact_arithmetic_rounds_them(rows: list[list[float]],
 
 
 @given(rows=ROWS, bits=st.sampled_from([4, 8]))
-def test_training_rounds_to_what_is_stored_bit_for_bit(rows: list[list[float]], bits: int) -> None:
+def test_float_rows_are_rounded_to_what_is_stored_bit_for_bit(rows: list[list[float]], bits: int) -> None:
     served = stored(torch.tensor(rows), bits)(torch.arange(len(rows)))
-    trained = as_served(torch.tensor(rows), 2 ** (bits - 1) - 1)
-    assert torch.equal(trained.view(torch.int32), served.view(torch.int32))
+    rounded = as_served(torch.tensor(rows), 2 ** (bits - 1) - 1)
+    assert torch.equal(rounded.view(torch.int32), served.view(torch.int32))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

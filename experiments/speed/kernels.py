@@ -108,7 +108,7 @@ class Entry:
 GOALS = {
     "full": 1.15,
     **dict.fromkeys(("hashing", "frequency_split", "cafe"), 1.3),
-    **dict.fromkeys(("unified", "quotient_remainder", "chinese_remainder"), 2.6),
+    **dict.fromkeys(("unified", "tiered", "quotient_remainder", "chinese_remainder"), 2.6),
     **dict.fromkeys(("memcom", "hash_embeddings", "double_hash", "cce"), 2.6),
     "generalised_quotient_remainder": 3.9,
     **dict.fromkeys(("mixed_dimension", "robe"), 2.5),

@@ -6,11 +6,13 @@ Three published parts in one table, a combination that is not published:
   Embedding: Battle-Tested Feature Representations for Web-Scale ML Systems", NeurIPS 2023, arXiv:2305.12102;
 * rows of their own for frequent ids, as AdaptEmb in Zhang et al., "Experimental Analysis of Large-scale Learnable
   Vector Storage Compression", VLDB 2024, arXiv:2311.15578;
-* rows that train rounded to what they will serve, as the quantisation-aware training that Li et al. start from in
-  "Adaptive Low-Precision Training for Embeddings in Click-Through Rate Prediction", AAAI 2023, arXiv:2212.05735.
+* float32 rows rounded to a few bits with a scale a row once they are trained: Guan et al., "Post-Training 4-bit
+  Quantization on Embedding Tables", arXiv:1911.02079. Training on rounded rows, as Li et al. improve on it in
+  "Adaptive Low-Precision Training for Embeddings in Click-Through Rate Prediction", AAAI 2023, arXiv:2212.05735, cost
+  time here and gained nothing at 4 bits.
 
-Differs from the papers: the most frequent ids are chosen over all tables together instead of table by table; scales are
-a byte a row, computed from it, where ALPT learns them; training keeps float32 rows, which ALPT does without.
+Differs from the papers: the most frequent ids are chosen over all tables together instead of table by table; a row has
+a scale of one byte around 0, where Guan et al. search for two float16 bounds.
 
 Shapes: N ids in all bags, F features, D embedding_dim, k num_lookups, W = D / k, R rows, K ids that own rows.
 """
@@ -48,8 +50,9 @@ _ROWS_AT_ONCE = 1 << 18
 class Tiered(CompressedTables):
     """Gives a frequent id k rows of its own, any other k hashed rows of a range that all tables share, side by side.
 
-    The rows are one physical table: ``k * K`` own ones first. It trains in float32 and looks as it will serve: own rows
-    in 8 bits, shared ones in ``tail_bits``, both with a byte of scale a row; ``convert`` makes ``PackedTiers`` of it.
+    The rows are one physical table: ``k * K`` own ones first. It trains in float32. In evaluation it gives the vectors
+    that it will serve, own rows rounded to 8 bits, shared ones to ``tail_bits``, both with a byte of scale a row;
+    ``convert`` makes ``PackedTiers`` of it, which has them in so many bits.
 
     Memory: serving ``k * K * (W + 1) + (R - k * K) * (W * tail_bits / 8 + 1)`` bytes and some integers a feature;
     training ``R * W * 4``. No map: ids of a table are in descending order of train frequency, so those that own rows
@@ -103,6 +106,7 @@ class Tiered(CompressedTables):
         super().__init__(tables, [[physical_table("tiered", rows, width, bound)]])
         own = frequent_ids(tables, self._sizes.num_own_rows // num_lookups, train_counts)
         self.tiers = _Tiers(tables, self._sizes, own, seed)
+        self._dim = tables[0].embedding_dim
         self._tail_bits = tail_bits
         self._seed = seed
 
@@ -111,6 +115,8 @@ class Tiered(CompressedTables):
         return [[self.tiers(bags)]]
 
     def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
+        if self.training:
+            return rows[0][0].view(bags.ids.numel(), self._dim)
         vectors_NkW = rows[0][0].view(bags.ids.numel(), self._sizes.num_lookups, rows[0][0].shape[1])
         largest: Tensor | int = largest_code(_HEAD_BITS)
         if self._tail_bits != _HEAD_BITS:
