@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -15,6 +15,8 @@ from recemb.collection import CompressedEmbeddingBagCollection, compressed_group
 from recemb.method import UNBOUNDED
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
+from recemb.optimizers import EmbeddingOptimizer
+from recemb.preparation import prepare
 from tests.embedding_cases import BIG, KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
 
 
@@ -29,6 +31,33 @@ def test_full_equals_torchrec_with_the_same_weights(ids: list[list[list[int]]]) 
                 bag.weight.data.copy_(reference.embedding_bags[name].weight)
     features = bags(KEYS, ids)
     assert torch.equal(ours(features).values(), reference(features).values())
+
+
+@pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_table_alone_serves_all_its_features(pooling: PoolingType, fused: bool) -> None:
+    def make() -> EmbeddingBagConfig:
+        return table("item", 6000, dim=8, features=["target", "history"], pooling=pooling)
+
+    reference, ours = EmbeddingBagCollection(tables=[make()]), CompressedEmbeddingBagCollection([make()], Full)
+    [group] = compressed_groups(ours)
+    group.seed_from({"t_item": reference.embedding_bags["t_item"].weight.detach()})
+    optimizer = EmbeddingOptimizer("sgd", 0.5)
+    if fused:
+        prepare(ours, optimizer, partial(torch.optim.SGD, lr=0.5))
+    features = bags(["target", "history"], [[[7], [], [5, 7, 5]], [[5999, 0], [7], []]])
+    expected, output = reference(features).values(), ours(features).values()
+    torch.testing.assert_close(output, expected)
+    direction = torch.arange(expected.numel(), dtype=torch.float32).view_as(expected)
+    (expected * direction).sum().backward()
+    (output * direction).sum().backward()
+    weight, gradient = reference.embedding_bags["t_item"].weight, reference.embedding_bags["t_item"].weight.grad
+    trained = group.collection(0).embedding_bags["t_item"].weight
+    assert gradient is not None
+    if fused:
+        torch.testing.assert_close(trained, weight - 0.5 * gradient)
+    else:
+        torch.testing.assert_close(trained.grad, gradient)
 
 
 def test_it_drops_into_torchrecs_dlrm_and_trains() -> None:
