@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recemb.models.attention import ActivationUnit
 from recemb.models.dice import Dice
 from recemb.models.jagged import segment_softmax, segment_sum, segments_of, spread, weighted_sum
+from recemb.models.pairs import pair_products
 from tests.models.tables import normal
 
 LENGTHS = [3, 0, 1, 7, 0]
@@ -90,17 +91,41 @@ def test_equals_the_plain_form(
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("activation", ["dice", "prelu"])
 @pytest.mark.parametrize("hidden_layers", [(6, 5), (7,)], ids=["two layers", "one layer"])
-def test_gradients_by_finite_differences(activation, softmax: bool, hidden_layers: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("lengths", [[3, 0, 1], [8, 8, 8]], ids=["jagged", "equal"])
+def test_gradients_by_finite_differences(
+    lengths: list[int], activation, softmax: bool, hidden_layers: tuple[int, ...]
+) -> None:
     module = unit(3, activation=activation, softmax=softmax, hidden_layers=hidden_layers).double()
     names = [name for name, _ in module.named_parameters()]
     parameters = [parameter.detach().clone().requires_grad_() for parameter in module.parameters()]
     targets = normal(3, 3, dtype=torch.float64).requires_grad_()
-    events = normal(4, 3, seed=5, dtype=torch.float64).requires_grad_()
+    events = normal(sum(lengths), 3, seed=5, dtype=torch.float64).requires_grad_()
 
     def run(q: Tensor, k: Tensor, *values: Tensor) -> Tensor:
-        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (q, k, offsets_of([3, 0, 1])))
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (q, k, offsets_of(lengths)))
 
     assert torch.autograd.gradcheck(run, (targets, events, *parameters))
+
+
+def test_pair_products_of_equal_histories_are_those_of_the_same_among_others() -> None:
+    num_samples, length, width, units = 3, 9, 4, 5
+    num_events = num_samples * length
+    drawn = [normal(num_samples + 1, units), normal(num_samples + 1, width, seed=1), normal(num_events + 1, width)]
+    weights = [normal(units, width, seed=seed) for seed in (3, 4)]
+    direction = normal(num_events, units, seed=5)
+
+    def run(lengths: list[int]) -> list[Tensor]:
+        rows = [len(lengths), len(lengths), sum(lengths)]
+        inputs = [values[:count] for values, count in zip(drawn, rows, strict=True)]
+        leaves = [values.clone().requires_grad_() for values in (*inputs, *weights)]
+        offsets = offsets_of(lengths)
+        products = pair_products(*leaves, segments_of(offsets, sum(lengths)), offsets)[:num_events]
+        once, targets, events, *others = torch.autograd.grad((products * direction).sum(), leaves)
+        return [products, once[:num_samples], targets[:num_samples], events[:num_events], *others]
+
+    # One more sample, of one event, makes the batch jagged, and nothing flows back from it.
+    for a, b in zip(run([length] * num_samples), run([*[length] * num_samples, 1]), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_softmax_weights_of_a_history_sum_to_one_at_any_size_of_score() -> None:
