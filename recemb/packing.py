@@ -81,7 +81,7 @@ def pack(
     return packed
 
 
-def packed_method(plan: CompressionPlan, *, dropped: str = "zero") -> Method:
+def packed_method(plan: CompressionPlan, *, dropped: str | None = None) -> Method:
     """A method that builds the packed tables of ``plan`` empty: for ``recemb.estimate_memory``, for loading."""
     return functools.partial(PackedTables, sizes=plan_sizes(plan, dropped=dropped))
 

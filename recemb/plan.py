@@ -112,12 +112,17 @@ class CompressionPlan:
     Args:
         tables: logical table name -> its plan, in the tables' order.
         source: which search, fit for people.
-        options: what the builder of the next stage needs besides, fit for JSON.
+        options: what the builder of the next stage needs besides, fit for JSON; ``dropped``: see ``Pruned``.
     """
 
     tables: Mapping[str, TablePlan]
     source: str
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> str:
+        """What ids get of which nothing is kept: ``"zero"`` or ``"vector"``."""
+        return str(self.options.get("dropped", "zero"))
 
     def num_values(self) -> int:
         return sum(table.num_values() for table in self.tables.values())

@@ -192,15 +192,16 @@ def packed_table(plan: TablePlan, *, dropped: str = "zero") -> PackedTable:
     return min(candidates, key=lambda candidate: candidate.num_bytes(width))
 
 
-def plan_sizes(plan: CompressionPlan, *, dropped: str = "zero") -> tuple[PackedSizes, ...]:
+def plan_sizes(plan: CompressionPlan, *, dropped: str | None = None) -> tuple[PackedSizes, ...]:
     """The sizes of the packed tables of a plan, for each embedding_dim, ascending."""
+    dropped = plan.dropped if dropped is None else dropped
     by_width: dict[int, list[PackedTable]] = {}
     for table in plan.tables.values():
         by_width.setdefault(table.embedding_dim, []).append(packed_table(table, dropped=dropped))
     return tuple(packed_sizes(tables, width) for width, tables in sorted(by_width.items()))
 
 
-def plan_bytes(plan: CompressionPlan, *, dropped: str = "zero") -> int:
+def plan_bytes(plan: CompressionPlan, *, dropped: str | None = None) -> int:
     """Serving bytes of the tables of a plan once they are trained and converted, without building anything.
 
     Equal to ``measure_memory`` of the converted collection of these tables, on any device. A few nanoseconds a row, so
@@ -208,7 +209,7 @@ def plan_bytes(plan: CompressionPlan, *, dropped: str = "zero") -> int:
 
     Args:
         plan: what is kept.
-        dropped: what ids without a row get, as for ``recemb.methods.pruned.Pruned``.
+        dropped: what ids without a row get, as for ``recemb.methods.pruned.Pruned``; None: what the plan says.
     """
     return sum(sizes.num_bytes() for sizes in plan_sizes(plan, dropped=dropped))
 

@@ -15,6 +15,8 @@ Differs from the paper:
 * The paper trains rows by Adam with L2 weight decay of all N rows in every step. Fused kernels move only the rows of
   the batch and decay none. ``optimizer=dense_adam`` does as the paper does, 16 to 400 times slower; ``optimizer=adam``
   (sparse on CPU) moves the rows of the batch alone, and decays none.
+* With ``dropped="vector"`` the vector is learnt in the retraining and keeps all columns; the released code's ``oov``
+  mode trains it in the supernet too, and cuts it to the field's width.
 * Thresholds per value: exp(-t) is summed over the values of the batch instead of all N. The others get no gradient of
   the loss either, and what they miss of the penalty is learning_rate * alpha a step.
 
@@ -35,7 +37,7 @@ from recemb.bags import Bags
 from recemb.method import CompressedTables, physical_table
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.plan import CompressionPlan, TablePlan
-from recemb.pruned_bytes import plan_bytes
+from recemb.pruned_bytes import check_dropped, plan_bytes
 from recemb.stacked import first_rows, per_feature, stacked_table, start_variance
 from recemb.step_gradient import LongTailedStep
 
@@ -88,12 +90,14 @@ class OptEmbed(CompressedTables):
         tables: the logical tables, of one width.
         thresholds: how rows are pruned; None: they are not (OptEmbed-D in the paper, widths only).
         widths: draw widths in training, to be searched afterwards; False: OptEmbed-E, rows only.
+        dropped: what ids below their threshold get in the tables of the plan: ``"zero"``, the paper's default, or
+            ``"vector"``: one a table, learnt in the retraining. The supernet knows zeros only.
         init: ``"xavier"``: U(+-sqrt(6 / (N + D))) for all rows of all tables, as the paper has it; pruning rates depend
             on it. ``"full"``: each table as TorchRec starts it, U(+-sqrt(1 / num_embeddings)); rows of small tables
             then start far above those of large ones.
 
     Raises:
-        ValueError: neither thresholds nor widths, another init.
+        ValueError: neither thresholds nor widths, another ``dropped`` or init.
 
     Example:
         >>> tables = [EmbeddingBagConfig(name="t_ad", num_embeddings=10**6, embedding_dim=16, feature_names=["ad"])]
@@ -109,12 +113,14 @@ class OptEmbed(CompressedTables):
         *,
         thresholds: Thresholds | None,
         widths: bool = True,
+        dropped: Literal["zero", "vector"] = "zero",
         init: Literal["xavier", "full"] = "xavier",
     ) -> None:
         if thresholds is None and not widths:
             raise ValueError("OptEmbed searches rows (thresholds), widths or both, got neither")
         if init not in ("xavier", "full"):
             raise ValueError(f"init must be 'xavier' or 'full', got {init!r}")
+        check_dropped(dropped)
         width = tables[0].embedding_dim
         sizes = [table.num_embeddings for table in tables]
         if init == "xavier":
@@ -129,6 +135,7 @@ class OptEmbed(CompressedTables):
         super().__init__(tables, lookups)
         self.options = thresholds
         self.searches_widths = widths
+        self._plan_options = {} if dropped == "zero" else {"dropped": dropped}
         self.thresholds: nn.Parameter | None = None
         if thresholds is not None and per_value:
             self.lookup_optimizers[1] = EmbeddingOptimizer("sgd", thresholds.learning_rate)
@@ -276,7 +283,7 @@ class OptEmbed(CompressedTables):
             plans[table.name] = TablePlan(
                 table.num_embeddings, full, kept_rows=rows, kept_columns=None if bool(columns.all()) else columns
             )
-        return CompressionPlan(plans, "OptEmbed")
+        return CompressionPlan(plans, "OptEmbed", self._plan_options)
 
     def _norms(self, rows_ND: Tensor) -> Tensor:
         assert self.options is not None

@@ -39,7 +39,7 @@ class Pruned(CompressedTables):
         tables: the logical tables, of one embedding_dim.
         plan: what is kept of each; it may name more tables.
         dropped: what dropped ids get: ``"zero"``, or ``"vector"``: one learned vector a table, which costs ``D * 4``
-            bytes and tells a dropped id from an empty bag.
+            bytes and tells a dropped id from an empty bag; None: what the plan says.
 
     Raises:
         ValueError: a table that the plan does not name or that has another size there, an unknown ``dropped``.
@@ -51,7 +51,10 @@ class Pruned(CompressedTables):
         PackedTables(...)
     """
 
-    def __init__(self, tables: Sequence[EmbeddingBagConfig], *, plan: CompressionPlan, dropped: str = "zero") -> None:
+    def __init__(
+        self, tables: Sequence[EmbeddingBagConfig], *, plan: CompressionPlan, dropped: str | None = None
+    ) -> None:
+        dropped = plan.dropped if dropped is None else dropped
         check_dropped(dropped)
         self.plans = _plans_of(tables, plan)
         width = tables[0].embedding_dim

@@ -85,5 +85,5 @@ class CandidateBytes:
         key = (name, table.embedding_dim if width is None else width)
         if key not in self._packed:
             plan = table if width is None else dataclasses.replace(table, kept_columns=_prefix(table, width))
-            self._packed[key] = packed_table(plan)
+            self._packed[key] = packed_table(plan, dropped=self._plan.dropped)
         return self._packed[key]

@@ -270,6 +270,8 @@ def test_search_options_are_checked() -> None:
         OptEmbed(tables, thresholds=None, widths=False)
     with pytest.raises(ValueError, match="init must be"):
         OptEmbed(tables, thresholds=None, init="normal")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dropped must be one of"):
+        OptEmbed(tables, thresholds=None, dropped="mean")  # type: ignore[arg-type]
     for wrong, message in (({"per": "row"}, "per must be"), ({"norm": 3}, "norm must be"), ({"alpha": -1.0}, "alpha")):
         with pytest.raises(ValueError, match=message):
             Thresholds(**wrong)  # type: ignore[arg-type]

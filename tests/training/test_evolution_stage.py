@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.collection import compressed_groups
+from recemb.conversion import convert
 from recemb.plan import CompressionPlan
+from recemb.pruned_bytes import plan_bytes
+from recemb.run_folder import load_model
 from recemb.training.metrics_log import read_metrics
 from recemb.training.resume import config_to_train
 from recemb.training.run import train
@@ -116,3 +121,24 @@ def test_a_budget_is_met_closely(name: str, data: Path, tmp_path: Path) -> None:
     figures = figures_of(tmp_path / "run")
     # A column of the largest table is 4,000 bytes.
     assert FULL_BYTES / 5 - 4000 < figures["bytes"] <= FULL_BYTES / 5
+
+
+def test_dropped_ids_may_share_a_learnt_vector_within_the_budget(data: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS[:1], "embedding.budget=5x", "embedding.stages.1.generations=1", "trainer.max_steps=10"]
+    results = train(config_of(data, tmp_path / "run", *options, "embedding.method.dropped=vector"))
+    plan = CompressionPlan.load(tmp_path / "run" / "stages" / "1-search" / "plan")
+    assert results["embedding"]["bytes"] == plan_bytes(plan) == figures_of(tmp_path / "run")["bytes"] <= FULL_BYTES / 5
+    # A vector of 8 floats for each table that dropped an id.
+    dropping = {name for name, table in plan.tables.items() if table.num_rows() < table.num_embeddings}
+    assert plan_bytes(plan) >= plan_bytes(plan, dropped="zero") + 4 * 8 * len(dropping)
+    model, _ = load_model(tmp_path / "run")
+    [group] = compressed_groups(convert(model))
+    assert dropping
+    for feature, (name, table) in enumerate(plan.tables.items()):
+        if name in dropping:
+            ids = (~table.mask().any(1)).nonzero().view(-1)
+            lengths = torch.zeros(len(plan.tables), len(ids), dtype=torch.int64)
+            lengths[feature] = 1
+            features = KeyedJaggedTensor(group.feature_names, ids, lengths=lengths.view(-1))
+            vectors = group.vectors(features)
+            assert vectors[0].abs().sum() > 0 and torch.equal(vectors, vectors[:1].expand_as(vectors))
