@@ -150,6 +150,8 @@ class OptEmbed(CompressedTables):
         self.register_buffer("_columns", torch.arange(width), persistent=False)
         self._widths: Tensor | None
         self.register_buffer("_widths", None, persistent=False)
+        self._kept_rows: Tensor | None
+        self.register_buffer("_kept_rows", None, persistent=False)
         # Rows looked up last, for the penalty of thresholds per value.
         self._last_rows: Tensor | None = None
 
@@ -169,6 +171,9 @@ class OptEmbed(CompressedTables):
                 assert self.thresholds is not None
                 thresholds = _for_ids(bags, self.thresholds[self._table_of_feature])
             vectors = vectors * LongTailedStep.apply(self._norms(vectors) - thresholds).unsqueeze(1)
+        if not self.training and self._kept_rows is not None:
+            kept = self._kept_rows.index_select(0, (bags.ids + bags.per_id(self.starts)).view(-1))
+            vectors = vectors * kept.unsqueeze(1)
         if self.training and self.searches_widths:
             return vectors * self._prefixes(_for_bags(bags, self.sample_widths(bags.batch_size)))
         if self._widths is not None:
@@ -196,6 +201,18 @@ class OptEmbed(CompressedTables):
             if not 1 <= width <= full:
                 raise ValueError(f"table {name!r}: width must be in [1, {full}] (embedding_dim), got {width}")
         self._widths = torch.tensor([widths[name] for name in names], device=self._columns.device)
+
+    def set_kept_rows(self, plan: CompressionPlan | None) -> None:
+        """Evaluate with the rows that ``plan`` keeps, where a budget leaves fewer than thresholds do; None: all."""
+        if plan is None:
+            self._kept_rows = None
+            return
+        kept = [plan.tables[table.name].kept_rows for table in self.tables]
+        parts = [
+            torch.ones(table.num_embeddings, dtype=torch.bool) if rows is None else rows
+            for table, rows in zip(self.tables, kept, strict=True)
+        ]
+        self._kept_rows = torch.cat(parts).to(self._columns.device)
 
     def penalty(self) -> Tensor | None:
         """alpha * sum of exp(-t), over all tables, or over the distinct values of the last training batch."""

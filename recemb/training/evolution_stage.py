@@ -207,7 +207,10 @@ class _Search:
 
 
 def _kept_rows(shares: Sequence[tuple[CompressedTables, int | None]]) -> CompressionPlan:
-    """The rows above their thresholds, with all columns; fewer where half of the columns exceed a group's share."""
+    """The rows above their thresholds, with all columns; fewer where half of the columns exceed a group's share.
+
+    Groups then evaluate with these rows, so that candidates are scored as what they would become.
+    """
     plans = []
     for group, share in shares:
         assert isinstance(group, OptEmbed), "the groups of one method"
@@ -215,5 +218,6 @@ def _kept_rows(shares: Sequence[tuple[CompressedTables, int | None]]) -> Compres
             group.set_widths({table.name: -(-table.embedding_dim // 2) for table in group.tables})
         plans.append(group.derive_plan(share if group.options is not None else None))
         group.set_widths(None)
+        group.set_kept_rows(None if share is None else plans[-1])
     rows = joined_plan(plans)
     return with_widths(rows, {name: table.embedding_dim for name, table in rows.tables.items()})

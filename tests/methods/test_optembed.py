@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from recemb.methods.optembed import OptEmbed, Thresholds
 from recemb.optimizers import EmbeddingOptimizer
+from recemb.plan import TablePlan
 from recemb.preparation import prepare
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
 from tests.gloo import WORLD_SIZE, run_ranks
@@ -78,6 +79,26 @@ def test_evaluation_masks_rows_and_reads_all_columns_or_those_that_were_set(
     width = dict(zip(names, [3, 1, 8, 5], strict=True))
     group.set_widths(width)
     check_batch(collection, vector, ids)
+
+
+def test_evaluation_drops_the_rows_that_a_plan_drops_too() -> None:
+    collection, group = supernet(per="table")
+    collection.eval()
+    names = [config.name for config in small_tables()]
+    plan = group.derive_plan(None)
+    for name, table_plan in plan.tables.items():
+        # Of those above their threshold every other one.
+        rows = table_plan.mask().any(1) & (torch.arange(table_plan.num_embeddings) % 2 == 0)
+        plan.tables[name] = TablePlan(table_plan.num_embeddings, 8, kept_rows=rows)  # type: ignore[index]
+    group.set_kept_rows(plan)
+
+    def vector(config: EmbeddingBagConfig, value: int) -> Tensor:
+        return masked_row(group, names.index(config.name), value, 8, 1) * float(value % 2 == 0)
+
+    for ids in (MULTI_HOT, SINGLE):
+        check_batch(collection, vector, ids)
+    group.set_kept_rows(None)
+    check_batch(collection, lambda config, value: masked_row(group, names.index(config.name), value, 8, 1), SINGLE)
 
 
 @pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
