@@ -12,6 +12,7 @@ from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.memory import estimate_memory, full_table_bytes, measure_memory
 from recemb.method import UNBOUNDED, Method
 from recemb.methods.full import Full
+from recemb.methods.robe import Robe
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
@@ -73,6 +74,13 @@ def test_a_method_that_serves_in_another_form_is_counted_in_both() -> None:
 def test_estimates_allocate_nothing() -> None:
     huge = [table("a", 10**10, dim=128)]
     assert estimate_memory(huge, Full).serving_bytes == 10**10 * 128 * 4
+
+
+def test_a_budget_is_met_where_full_tables_are_larger_than_a_method_can_number() -> None:
+    # 1.28e12 floats; ROBE numbers 2**40 of its array.
+    method = fit_to_budget([table("a", 10**10, dim=128)], partial(Robe, block_length=16), 51_200_000_000)
+    size = estimate_memory([table("a", 10**10, dim=128)], method).serving_bytes
+    assert 0.98 * 51_200_000_000 < size <= 51_200_000_000
 
 
 @pytest.mark.parametrize(

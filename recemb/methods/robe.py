@@ -157,7 +157,8 @@ class Robe(CompressedTables):
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
         bounded = [table for table in tables if table.num_embeddings < UNBOUNDED]
-        return 1, sum(table.num_embeddings * table.embedding_dim for table in bounded) or 1 << 37
+        floats = sum(table.num_embeddings * table.embedding_dim for table in bounded)
+        return 1, min(floats, MAX_SLOTS) or 1 << 37
 
 
 class _Windows(torch.autograd.Function):
