@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paired import MARKER, differences, standard_error, with_pairs
 
-from experiments.paired import MARKER, differences, standard_error, with_pairs
 from recemb.comparison.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
