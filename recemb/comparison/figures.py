@@ -43,6 +43,9 @@ def _auc_figure(
     trained = [run for run in runs if run.refused is None]
     figure, axes = _axes(title, x, "test AUC")
     _lines(axes, trained, size_of, lambda run: (run.mean_auc, run.auc_spread))
+    # Full tables too: runs of one budget differ by a few bytes only.
+    sizes = [size_of(run) for run in trained]
+    axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
     for run in trained:
         if run.method == _FULL:
             axes.axhline(run.mean_auc, color="black", linewidth=1)
