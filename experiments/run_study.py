@@ -5,8 +5,8 @@
     python experiments/run_study.py experiments/synthetic --table    only the table, from the committed results
     python experiments/run_study.py experiments/synthetic --small    every run once for a few steps, results thrown away
 
-For studies whose runs are listed one by one; ``python -m recemb.compare`` makes those of methods times budgets. A study
-is a folder with ``runs.yaml``:
+For studies whose runs are listed one by one; ``python -m recemb.compare`` makes those of methods times budgets, of which
+``--small`` tries the runs too. A study is a folder with ``runs.yaml``:
 
     common: [overrides of python -m recemb.train, for every cell]
     tune: {optimizer.embedding.learning_rate: [0.02, 0.05]}   grid tried for every run alike, on the validation split
@@ -58,6 +58,8 @@ def main() -> None:
 
 def spec_of(folder: Path) -> StudySpec:
     """What ``runs.yaml`` of a study says."""
+    if not (folder / "runs.yaml").is_file():
+        raise SystemExit(f"{folder}: no runs.yaml; python -m recemb.compare trains and reports such a study")
     content: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(folder / "runs.yaml"))  # type: ignore[assignment]
     return StudySpec(
         runs={name: list(values or []) for name, values in content["runs"].items()},
@@ -70,7 +72,7 @@ def spec_of(folder: Path) -> StudySpec:
 
 def run_small(folder: Path, overrides: list[str], jobs: int, only: str) -> None:
     """Every run of a study once, for a few steps, in a folder that is thrown away."""
-    spec = spec_of(folder)
+    spec = spec_of(folder) if (folder / "runs.yaml").is_file() else Study.open(folder).spec
     runs = {name: [*values, *SMALL] for name, values in spec.runs.items()}
     with tempfile.TemporaryDirectory() as scratch:
         study = Study(Path(scratch) / folder.name, replace(spec, runs=runs, seeds=[1], grid={}), overrides)

@@ -9,7 +9,7 @@ from recemb.budget import parse_budget
 from recemb.comparison.figures import auc_figure, components_figure, throughput_figure, training_auc_figure
 from recemb.comparison.recommendation import recommend
 from recemb.comparison.study import Study
-from recemb.comparison.summary import RunSummary, summaries, table
+from recemb.comparison.summary import RunSummary, budget_table, summaries, table
 from recemb.files import write_atomically
 
 REPORT_FILE = "report.md"
@@ -44,6 +44,8 @@ def write_report(study: Study) -> str:
         f"# {name}",
         text,
         f"{tuning}; the test split was read once a cell. ± is one standard deviation over seeds.",
+        "Test AUC, a column a budget (-: the method cannot be so small; bold: the best there):",
+        budget_table(runs),
         *(f"![{part}]({part}.png)" for part in parts),
         table(runs),
     ]

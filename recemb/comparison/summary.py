@@ -145,6 +145,32 @@ def table(runs: Sequence[RunSummary]) -> str:
     return "\n".join(lines)
 
 
+def budget_table(runs: Sequence[RunSummary]) -> str:
+    """Test AUC as a Markdown table, a line a method and a column a budget, the best of each budget in bold.
+
+    "-" where a method cannot be so small, empty where it was not trained. Full tables and runs without a budget have
+    lines of their own, with their ratio.
+    """
+    budgets = list(dict.fromkeys(run.budget for run in runs if run.budget is not None))
+    trained = [run for run in runs if run.refused is None]
+    best = {
+        budget: max((run for run in trained if run.budget == budget), key=lambda run: run.mean_auc, default=None)
+        for budget in budgets
+    }
+    lines = [f"| {' | '.join(['method', *budgets])} |", f"|{'---|' * (1 + len(budgets))}"]
+    for run in trained:
+        if run.budget is None:
+            lines.append(f"| {run.name} | {spread(run.auc)} ({run.ratio:.1f}x) {'| ' * (len(budgets) - 1)}|")
+    for method in dict.fromkeys(run.method for run in runs if run.budget is not None):
+        values = []
+        for budget in budgets:
+            run = next((run for run in runs if (run.method, run.budget) == (method, budget)), None)
+            text = "" if run is None else "-" if run.refused is not None else spread(run.auc)
+            values.append(f"**{text}**" if run is not None and run is best[budget] else text)
+        lines.append(f"| {method} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
     mean = f"{statistics.mean(values):.4f}"

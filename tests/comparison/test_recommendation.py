@@ -5,7 +5,7 @@ from scipy import stats
 
 from recemb.comparison.recommendation import probability_better, recommend
 from recemb.comparison.report import reading
-from recemb.comparison.summary import RunSummary, table
+from recemb.comparison.summary import RunSummary, budget_table, table
 
 FIRST, SECOND = (0.771, 0.774, 0.7725), (0.7700, 0.7712, 0.7731, 0.7695)
 
@@ -102,3 +102,17 @@ def test_the_table_has_every_run_also_those_refused() -> None:
     assert lines[3] == "| unified-10x | 0.7910 ± 0.0010 | 0.2090 ± 0.0010 | 100 | 10.0x | - | 100 | 3 |"
     assert lines[-1].startswith("| path-100x | budget of 10 bytes cannot be met |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_column_a_budget_with_its_best_in_bold() -> None:
+    searched = run("magnitude", 500, (0.795,), budget=None)
+    assert budget_table([*RUNS, searched]).splitlines() == [
+        "| method | 10x | 100x |",
+        "|---|---|---|",
+        "| full | 0.8000 ± 0.0010 (1.0x) | |",
+        "| magnitude | 0.7950 (2.0x) | |",
+        "| unified | **0.7910 ± 0.0010** | **0.7610 ± 0.0010** |",
+        "| hashing | 0.7710 ± 0.0010 |  |",
+        "| robe | 0.7907 ± 0.0010 |  |",
+        "| path |  | - |",
+    ]

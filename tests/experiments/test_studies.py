@@ -43,7 +43,12 @@ def test_every_cell_is_of_its_study(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("study", "only"), [("criteo_head80k", "^(full|robe-10x)$"), ("search_methods", "^(magnitude-10x|deeplight-10x)$")]
+    ("study", "only"),
+    [
+        ("frontier_criteo", "^(full|robe-10x)$"),
+        ("frontier_synthetic", "^(full|tiered-10x)$"),
+        ("search_methods", "^(magnitude-10x|deeplight-10x)$"),
+    ],
 )
 def test_the_small_variant_of_a_study_trains_and_keeps_nothing(tmp_path: Path, study: str, only: str) -> None:
     write_encoded(tmp_path / "log", rows=3000, categorical=(300, 5000, 8000))
