@@ -5,6 +5,7 @@ python experiments/complementary_partitions/compare.py
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ FOLDER = Path(__file__).resolve().parent
 FOLDERS = (FOLDER, FOLDER.with_name("complementary_partitions_synthetic"))
 BEGIN = "<!-- differences: written by experiments/complementary_partitions/compare.py -->"
 END = "<!-- end of differences -->"
+# What is the same of a run and of its hashing: the collisions, and which tables stay full.
+_COLLISIONS = re.compile(r"-(?=(?:4|60)(?:-full|$))")
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def differences(study: Study) -> list[str]:
         loss = [
             100 * (ours["test"]["logloss"] / full["test"]["logloss"] - 1) for ours, full in _pairs(found, cells["full"])
         ]
-        baseline = "hashing-" + ("60" if "-60" in name else "4")
+        baseline = f"hashing-{_COLLISIONS.split(name, maxsplit=1)[1]}" if name != "full" else ""
         values = ["-", "-", "-"] if name == "full" else [_signed(loss, 2), _signed(_auc(found, cells["full"]), 4), "-"]
         if name != "full" and not name.startswith("hashing"):
             values[2] = _signed(_auc(found, cells[baseline]), 4)
