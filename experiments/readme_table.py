@@ -15,8 +15,10 @@ from recemb.comparison.summary import RunSummary, spread, summaries
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- results: written by experiments/readme_table.py -->", "<!-- end of results -->"
-STUDIES = {"criteo_head80k": "80,000 Criteo rows", "synthetic": "a million synthetic rows"}
-BUDGETS = ("10x", "100x")
+STUDIES = {
+    "frontier_criteo": ("80,000 Criteo rows", ("10x", "100x")),
+    "frontier_synthetic": ("6 million synthetic rows", ("10x", "100x", "1000x")),
+}
 
 
 def main() -> None:
@@ -38,28 +40,36 @@ def with_table(text: str) -> str:
 
 
 def table() -> str:
-    """Test AUC of every static method at each budget on both logs, best first at the first of them."""
-    runs = {study: {run.name: run for run in summaries(Study.open(ROOT / "experiments" / study))} for study in STUDIES}
-    columns = ["`embedding=`", *(f"{title}, {budget}" for title in STUDIES.values() for budget in BUDGETS)]
-    first = runs[next(iter(STUDIES))]
-    methods = [name.removesuffix("-10x") for name in first if name.endswith("-10x")]
-    methods.sort(key=lambda method: _order(first[f"{method}-10x"]))
-    full = [f"{_auc(runs[study]['full'])} (1x)" for study in STUDIES]
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}", f"| `full` | {full[0]} | | {full[1]} | |"]
+    """Test AUC of every method at budgets of both logs, best first at the first of them."""
+    columns = [(study, budget) for study, (_, budgets) in STUDIES.items() for budget in budgets]
+    runs = {study: summaries(Study.open(ROOT / "experiments" / study)) for study in STUDIES}
+    found = {(study, run.method, run.budget): run for study in STUDIES for run in runs[study]}
+    first = columns[0]
+    methods = sorted(
+        {run.method for study in STUDIES for run in runs[study]} - {"full"},
+        key=lambda method: _order(found.get((first[0], method, first[1]))),
+    )
+    heads = [f"{STUDIES[study][0]}, {budget}" for study, budget in columns]
+    lines = [f"| {' | '.join(['`embedding=`', *heads])} |", f"|{'---|' * (len(columns) + 1)}"]
+    full = [
+        f"{_auc(found[study, 'full', None])} (1x) {'| ' * (len(budgets) - 1)}"
+        for study, (_, budgets) in STUDIES.items()
+    ]
+    lines.append(f"| `full` | {'| '.join(full)}|")
     for method in methods:
-        cells = [_auc(runs[study].get(f"{method}-{budget}")) for study in STUDIES for budget in BUDGETS]
+        cells = [_auc(found.get((study, method, budget))) for study, budget in columns]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _order(run: RunSummary) -> float:
-    return -run.mean_auc if run.auc else 0.0
+def _order(run: RunSummary | None) -> float:
+    return -run.mean_auc if run is not None and run.auc else 0.0
 
 
 def _auc(run: RunSummary | None) -> str:
     if run is None:
         return "not run"
-    return spread(run.auc) if run.refused is None else "cannot be so small"
+    return spread(run.auc) if run.refused is None else "-"
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python experiments/run_study.py experiments/synthetic --table    only the table, from the committed results
     python experiments/run_study.py experiments/synthetic --small    every run once for a few steps, results thrown away
 
-For studies whose runs are listed one by one; ``python -m recemb.compare`` makes those of methods times budgets, of which
-``--small`` tries the runs too. A study is a folder with ``runs.yaml``:
+For studies whose runs are listed one by one; ``python -m recemb.compare`` makes those of methods times budgets, and
+``--small`` tries their runs too. A study is a folder with ``runs.yaml``:
 
     common: [overrides of python -m recemb.train, for every cell]
     tune: {optimizer.embedding.learning_rate: [0.02, 0.05]}   grid tried for every run alike, on the validation split

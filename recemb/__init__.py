@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from recemb.collection import CompressedEmbeddingCollection as CompressedEmbeddingCollection
     from recemb.compression import compress_ as compress_
     from recemb.conversion import convert as convert
+    from recemb.initial_rows import unfilled_tables as unfilled_tables
     from recemb.memory import MemoryReport as MemoryReport
     from recemb.memory import estimate_memory as estimate_memory
     from recemb.memory import measure_memory as measure_memory
@@ -51,6 +52,7 @@ _HOMES = {
     "parse_budget": "recemb.budget",
     "prepare": "recemb.preparation",
     "save": "recemb.saved_model",
+    "unfilled_tables": "recemb.initial_rows",
 }
 __all__ = list(_HOMES)
 

@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from recemb.budget import fit_to_budget, parse_budget
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from recemb.config import EmbeddingConfig, build_target
 from recemb.data.manifest import CategoricalFeature, Manifest
+from recemb.initial_rows import unfilled_tables
 from recemb.memory import MemoryReport, estimate_memory, full_table_bytes, measure_memory
 from recemb.method import UNBOUNDED, Method, method_class
 from recemb.models.histories import History
@@ -166,6 +168,7 @@ def build_model(
     *,
     method: Method | None = None,
     counted_by: Manifest | None = None,
+    spread: bool = False,
 ) -> tuple[nn.Module, MemoryReport]:
     """The model on the CPU with fresh weights, and the bytes of its tables.
 
@@ -178,19 +181,24 @@ def build_model(
         method: of the tables, instead of the configured one: what a search's plan asks for.
         counted_by: data set whose train counts a configured method gets that takes them, once it is sized. Without, as
             where weights are loaded that were trained with them, sizes are the same.
+        spread: the tables will be spread over ranks, which fill their shards themselves where they can: see
+            ``recemb.initial_rows.unfilled_tables``.
 
     Raises:
         ValueError: see ``sized_method`` and the classes built.
-        MemoryError: the tables and their optimizer state are larger than the memory there is.
+        MemoryError: the tables and their optimizer state are larger than the memory there is; of tables that will be
+            spread, the planner says it.
     """
     tables = inputs.logical_tables(config.embedding_dim)
     if method is None:
         method = sized_method(config, tables)
         method = method if counted_by is None else with_train_counts(method, counted_by)
     estimate = estimate_memory(tables, method, full_below_rows=config.full_below_rows, optimizer=optimizer)
-    _check_fits(estimate)
+    if not spread:
+        _check_fits(estimate)
     build = build_target(head)
     embeddings: nn.Module
+    where = unfilled_tables() if spread else nullcontext()
     # The loader has checked every id against the manifest already, hence check_ids=False.
     if "histories" in inspect.signature(build).parameters:
         if not inputs.histories:
@@ -198,14 +206,16 @@ def build_model(
                 f"model {head['_target_']} needs histories, and the data set has no sequence that shares its table "
                 "with a single feature (the target)"
             )
-        embeddings = CompressedEmbeddingCollection(
-            [_unpooled(table) for table in tables], method, full_below_rows=config.full_below_rows, check_ids=False
-        )
+        with where:
+            embeddings = CompressedEmbeddingCollection(
+                [_unpooled(table) for table in tables], method, full_below_rows=config.full_below_rows, check_ids=False
+            )
         build = functools.partial(build, histories=inputs.histories, bags=inputs.bags)
     else:
-        embeddings = CompressedEmbeddingBagCollection(
-            tables, method, full_below_rows=config.full_below_rows, check_ids=False
-        )
+        with where:
+            embeddings = CompressedEmbeddingBagCollection(
+                tables, method, full_below_rows=config.full_below_rows, check_ids=False
+            )
     report = measure_memory(embeddings, optimizer)
     assert report == estimate, f"estimated memory {estimate} differs from measured {report}"
     return build(embeddings=embeddings, num_dense=len(inputs.numeric)), report

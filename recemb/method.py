@@ -28,6 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from recemb.arguments import remember_arguments
 from recemb.bags import Bags
 from recemb.distinct import DistinctIds
+from recemb.initial_rows import device_of
 from recemb.plan import CompressionPlan
 
 if TYPE_CHECKING:
@@ -91,8 +92,9 @@ class CompressedTables(nn.Module):
         self.frozen = False
         self.reader: Callable[[CompressedTables, int, KeyedJaggedTensor], Tensor] | None = None
         self.lookup_optimizers: list[EmbeddingOptimizer | None] = [None] * len(self.physical_tables)
-        device = torch.get_default_device()
-        self.lookups = nn.ModuleList(EmbeddingBagCollection(tables=list(group), device=device) for group in lookups)
+        self.lookups = nn.ModuleList(
+            EmbeddingBagCollection(tables=list(group), device=device_of(group)) for group in lookups
+        )
         is_mean = [table.pooling == PoolingType.MEAN for table in tables for _ in table.feature_names]
         self._is_mean: Tensor | None
         self.register_buffer("_is_mean", torch.tensor(is_mean) if any(is_mean) else None, persistent=False)

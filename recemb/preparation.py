@@ -34,8 +34,8 @@ def prepare(
 
     Args:
         model: any module that holds TorchRec or recemb collections, or is one. While fused kernels are made, memory
-            holds the tables twice; TorchRec collections on the meta device, and recemb's full tables built there, are
-            initialised in the kernels instead, which takes half.
+            holds the tables twice; TorchRec collections on the meta device, and tables built in ``unfilled_tables``,
+            are filled in the kernels instead, which takes half, and in a process group shard by shard where they lie.
         embedding_optimizer: trains the tables.
         dense_optimizer: makes the optimizer of all other parameters, e.g. ``partial(torch.optim.Adam, lr=1e-3)``.
         device: where to train.

@@ -1,7 +1,8 @@
 """Tables spread over ranks by TorchRec's DistributedModelParallel, on gloo (CPU) or NCCL.
 
 What TorchRec leaves to its caller, and is done here: row-wise sharding on CPU is opened (TorchRec gates it to CUDA,
-gloo runs it), the weights a model already has are written into the shards (on CPU TorchRec drops them), data-parallel
+gloo runs it), the weights a model already has are written into the shards (on CPU TorchRec drops them), tables on the
+meta device are filled shard by shard (TorchRec gives row-wise shards of ranks of one seed the same rows), data-parallel
 tables are ruled out (they ignore fused optimizers), and every rank plans for itself from the same inputs, so that a
 failure to plan ends all ranks with one message instead of leaving some waiting. Tables whose optimizer moves all rows
 in every step are not spread: every rank holds them whole, and gradients are averaged before the step.
@@ -12,8 +13,10 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -40,6 +43,7 @@ from torchrec.optim.optimizers import SGD, Adagrad, Adam, in_backward_optimizer_
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recemb.collection import compressed_groups, own_optimizers
+from recemb.initial_rows import fill_rows, fills_any_rows
 from recemb.optimizers import EmbeddingOptimizer
 
 # Column-wise is left out: its row-wise Adagrad state cannot be loaded by another number of ranks.
@@ -159,7 +163,8 @@ def shard(
     """Spread the tables of ``model`` over the ranks of the process group; its other parameters are replicated.
 
     Args:
-        model: the same on every rank, weights included: those of rank 0 are not broadcast.
+        model: the same on every rank, weights included: those of rank 0 are not broadcast. Tables on the meta device
+            are filled shard by shard where they lie, see ``recemb.initial_rows``; no rank then holds a whole one.
         optimizer: trains the rows inside backward(), or all of them in a step after it: such tables stay whole.
         device: of this rank.
         placement: see ``plan_shards``.
@@ -169,22 +174,31 @@ def shard(
         The wrapped model, called as before, and the optimizer of its tables (state only; rows move in backward).
 
     Raises:
-        ValueError: Adam on CPU (fbgemm has no kernel), or a plan that does not exist.
+        ValueError: Adam on CPU (fbgemm has no kernel), a plan that does not exist in the memory that ranks have, or a
+            table on the meta device whose ``init_fn`` cannot fill a part of it.
     """
     if not (optimizer.is_fused(device) or optimizer.trains_all_rows):
         raise ValueError(
             f"sharded tables on {device.type} cannot be trained by {optimizer.name!r}: fbgemm has no kernel"
         )
     whole = train_in_backward(model, optimizer)
+    unfilled = _take_unfilled(model)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    device_bytes, host_bytes = _free_bytes(device, local_world_size)
     plan = plan_shards(
         model,
         world_size=dist.get_world_size(),
         device_type=device.type,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+        local_world_size=local_world_size,
         placement=placement,
+        device_memory_bytes=device_bytes,
+        host_memory_bytes=host_bytes,
         caching=caching,
         whole=whole,
     )
+    for path in whole:
+        if any(weight.is_meta for weight in model.get_submodule(path).parameters()):
+            model.get_submodule(path).to_empty(device=device)
     weights = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     _keep_initial_values(model)
     # Where a search looks tables up without training them they get no gradient, which DistributedDataParallel does not
@@ -199,6 +213,7 @@ def shard(
         data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=ignored),
     )
     write_weights(sharded, weights)
+    _fill(sharded, unfilled)
     if dist.get_backend() == "gloo":
         for group in compressed_groups(sharded):
             group.equal_batches = True
@@ -280,9 +295,56 @@ def _allowed(config: EmbeddingBagConfig, placement: Mapping[str, Sequence[str]],
     return list(next(matches, SHARDING_TYPES))
 
 
+def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, int]:
+    """Memory that every rank has for itself, on its device and on its host; equal on all, so that all plan alike."""
+    host = psutil.virtual_memory().available // local_world_size
+    on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
+    free = torch.tensor([on_device, host], device=device)
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    device_bytes, host_bytes = free.tolist()
+    return device_bytes, host_bytes
+
+
+def _take_unfilled(model: nn.Module) -> dict[str, tuple[EmbeddingBagConfig, int]]:
+    """State-dict key -> config and seed of every table on the meta device.
+
+    Raises:
+        ValueError: one that only a whole table can be filled by.
+    """
+    configs = {
+        f"{path}.embedding_bags.{config.name}.weight".removeprefix("."): replace(config)
+        for path, module in model.named_modules()
+        if isinstance(module, EmbeddingBagCollection) and module.device.type == "meta"
+        for config in module.embedding_bag_configs()
+    }
+    for config in configs.values():
+        if not fills_any_rows(config):
+            raise ValueError(
+                f"table {config.name!r} is on the meta device, and its init_fn, {config.init_fn!r}, may not know what "
+                "to do with a shard: give a functools.partial of torch.nn.init.uniform_ or normal_, or build the table "
+                "on the CPU"
+            )
+    # Seeds of the run's generator, which all ranks share, before TorchRec draws from it as shards lie.
+    return {key: (config, int(torch.empty((), dtype=torch.int64).random_(2**62))) for key, config in configs.items()}
+
+
+@torch.no_grad()
+def _fill(sharded: nn.Module, unfilled: Mapping[str, tuple[EmbeddingBagConfig, int]]) -> None:
+    """Initial rows for the tables that were built on the meta device, by the ranks that hold them."""
+    for key, target in sharded.state_dict().items() if unfilled else ():
+        if key not in unfilled:
+            continue
+        config, seed = unfilled[key]
+        if isinstance(target, ShardedTensor):
+            for piece in target.local_shards():
+                fill_rows(config, piece.tensor, piece.metadata.shard_offsets[0], seed)
+        else:
+            fill_rows(config, target, 0, seed)
+
+
 def _keep_initial_values(model: nn.Module) -> None:
-    # TorchRec initialises every shard anew; functions that fill rows by their number know nothing of shards.
+    # TorchRec initialises every shard anew, on ranks of one seed with the same numbers.
     for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection) and module.device.type != "meta":
+        if isinstance(module, EmbeddingBagCollection):
             for config in module.embedding_bag_configs():
                 config.init_fn = torch.nn.init.zeros_

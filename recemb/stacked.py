@@ -8,7 +8,6 @@ Shapes: N ids in all bags, F features, T logical tables.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
@@ -18,6 +17,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
 from recemb.hashing import hash_to_ranges, salt, slot_prefixes
+from recemb.initial_rows import UniformRanges
 from recemb.method import UNBOUNDED, CompressedTables, full_table_variance, physical_table, uniform_bound
 
 HASH_FUNCTIONS = ("universal", "modulo")
@@ -161,13 +161,7 @@ def start_variance(table: EmbeddingBagConfig) -> float:
 def stacked_table(name: str, rows: Sequence[int], width: int, variances: Sequence[float]) -> EmbeddingBagConfig:
     """A physical table of ``sum(rows)`` rows, whose ranges start uniform around 0 with these variances."""
     ranges = [(count, uniform_bound(variance)) for count, variance in zip(rows, variances, strict=True)]
-    return physical_table(name, sum(rows), width, functools.partial(_fill_ranges, ranges))
-
-
-@torch.no_grad()
-def _fill_ranges(ranges: Sequence[tuple[int, float]], weight: Tensor) -> None:
-    for part, (_, bound) in zip(weight.split([count for count, _ in ranges]), ranges, strict=True):
-        nn.init.uniform_(part, -bound, bound)
+    return physical_table(name, sum(rows), width, UniformRanges(ranges))
 
 
 def forward_linear(method: CompressedTables, bags: Bags, mean: Tensor | None) -> Tensor:

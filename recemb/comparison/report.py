@@ -9,7 +9,7 @@ from recemb.budget import parse_budget
 from recemb.comparison.figures import auc_figure, components_figure, throughput_figure, training_auc_figure
 from recemb.comparison.recommendation import recommend
 from recemb.comparison.study import Study
-from recemb.comparison.summary import RunSummary, budget_table, summaries, table
+from recemb.comparison.summary import RunSummary, budget_table, budgets_of, summaries, table
 from recemb.files import write_atomically
 
 REPORT_FILE = "report.md"
@@ -63,7 +63,7 @@ def reading(runs: Sequence[RunSummary]) -> str:
             f"Full tables ({full.serving_bytes:,} bytes) reach a test AUC of {full.mean_auc:.4f} "
             f"(sd {full.auc_spread:.4f})."
         )
-    for budget in dict.fromkeys(run.budget for run in trained if run.budget is not None):
+    for budget in budgets_of(trained):
         limit = max(run.serving_bytes for run in trained if run.budget == budget)
         advice = recommend([run for run in trained if run.budget == budget or run is full], limit)
         best = advice.best
@@ -92,7 +92,7 @@ def reading(runs: Sequence[RunSummary]) -> str:
 def _by_training_bytes(runs: Sequence[RunSummary], full: RunSummary, full_bytes: int) -> list[str]:
     """Who leads where the bytes that training holds are to shrink as the budgets do; one sentence, or none."""
     leaders = []
-    for budget in dict.fromkeys(run.budget for run in runs if run.budget is not None):
+    for budget in budgets_of(runs):
         limit = full_bytes * parse_budget(budget, full.full_bytes) // full.full_bytes
         fitting = [run for run in runs if run.training_bytes is not None and run.training_bytes <= limit]
         if fitting:

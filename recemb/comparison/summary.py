@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recemb.budget import parse_budget
 from recemb.comparison.study import Study
 
 
@@ -145,13 +146,20 @@ def table(runs: Sequence[RunSummary]) -> str:
     return "\n".join(lines)
 
 
+def budgets_of(runs: Sequence[RunSummary]) -> list[str]:
+    """The budgets of ``runs``, the largest first."""
+    full_bytes = max((run.full_bytes for run in runs), default=0)
+    budgets = {run.budget for run in runs if run.budget is not None}
+    return sorted(budgets, key=lambda budget: -parse_budget(budget, full_bytes))
+
+
 def budget_table(runs: Sequence[RunSummary]) -> str:
     """Test AUC as a Markdown table, a line a method and a column a budget, the best of each budget in bold.
 
     "-" where a method cannot be so small, empty where it was not trained. Full tables and runs without a budget have
     lines of their own, with their ratio.
     """
-    budgets = list(dict.fromkeys(run.budget for run in runs if run.budget is not None))
+    budgets = budgets_of(runs)
     trained = [run for run in runs if run.refused is None]
     best = {
         budget: max((run for run in trained if run.budget == budget), key=lambda run: run.mean_auc, default=None)
@@ -164,9 +172,9 @@ def budget_table(runs: Sequence[RunSummary]) -> str:
     for method in dict.fromkeys(run.method for run in runs if run.budget is not None):
         values = []
         for budget in budgets:
-            run = next((run for run in runs if (run.method, run.budget) == (method, budget)), None)
-            text = "" if run is None else "-" if run.refused is not None else spread(run.auc)
-            values.append(f"**{text}**" if run is not None and run is best[budget] else text)
+            found = next((run for run in runs if (run.method, run.budget) == (method, budget)), None)
+            text = "" if found is None else "-" if found.refused is not None else spread(found.auc)
+            values.append(f"**{text}**" if found is not None and found is best[budget] else text)
         lines.append(f"| {method} | {' | '.join(values)} |")
     return "\n".join(lines)
 

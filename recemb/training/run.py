@@ -109,7 +109,12 @@ class _Run:
         inputs = ModelInputs.of(self.data.manifest)
         embedding_optimizer = build_target(config.optimizer.embedding)
         model, self.memory = build_model(
-            config.embedding, config.model, inputs, embedding_optimizer, counted_by=self.data.manifest
+            config.embedding,
+            config.model,
+            inputs,
+            embedding_optimizer,
+            counted_by=self.data.manifest,
+            spread=ranks.world_size > 1,
         )
         if config.embedding.mini_batch_aware_decay:
             decay_by_train_counts(model, self.data.manifest, config.embedding.mini_batch_aware_decay)
