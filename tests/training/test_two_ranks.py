@@ -120,8 +120,8 @@ def test_both_ranks_return_the_results_that_the_first_wrote(finished: Path) -> N
 def test_two_ranks_learn_what_one_does(finished: Path, data: Path, tmp_path: Path) -> None:
     one = train(config(data, tmp_path / "run", "trainer.batch_size=128"))
     two = json.loads((finished / "run" / "results.json").read_text())
-    # They start from other rows and see them in another order, as runs of other seeds do: those spread by .012 (standard
-    # deviation, 1200 test rows). That equal starts stay equal is what test_sharding.py says.
+    # They start from other values and see rows in another order, as runs of other seeds do: those spread by .012
+    # (standard deviation, 1200 test rows). That equal starts stay equal is what test_sharding.py says.
     assert two["test"]["auc"] == pytest.approx(one["test"]["auc"], abs=0.05)
     assert two["test"]["auc"] > 0.7
     assert two["train"]["samples"] == one["train"]["samples"]
