@@ -37,7 +37,7 @@ def compress_(
         ``model``, or the collection that takes its place where it is one itself.
 
     Raises:
-        ValueError: no plain collection to compress, or what the collections refuse.
+        ValueError: no plain collection to compress, tables on the meta device to seed, or what the collections refuse.
 
     Example:
         >>> from functools import partial
@@ -85,6 +85,11 @@ def _compressed(
 def _seed(new: CompressedEmbeddingBagCollection | CompressedEmbeddingCollection, old: nn.Module) -> None:
     bags = old.embedding_bags if isinstance(old, EmbeddingBagCollection) else old.embeddings
     assert isinstance(bags, nn.ModuleDict)
+    if any(weight.is_meta for weight in new.parameters()):
+        raise ValueError(
+            "seed_from_weights needs tables with rows to write to and to read from, got tables on the meta device "
+            "(of the model, or because of unfilled_tables)"
+        )
     rows: dict[str, Tensor] = {name: bag.get_parameter("weight").detach() for name, bag in bags.items()}
     seeded = {name for group in compressed_groups(new) for name in group.seed_from(rows)}
     if missing := sorted(set(rows) - seeded):

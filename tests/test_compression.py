@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
 from recemb.compression import compress_
 from recemb.hashing import salt
+from recemb.initial_rows import unfilled_tables
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
@@ -77,6 +78,15 @@ def test_methods_that_cannot_be_seeded_say_so(caplog: pytest.LogCaptureFixture) 
             EmbeddingBagCollection(tables=small_tables()), partial(Unseeded, num_embeddings=9), seed_from_weights=True
         )
     assert "start at random" in caplog.text
+
+
+def test_rows_are_never_seeded_where_there_are_none() -> None:
+    model = nn.Sequential(EmbeddingBagCollection(tables=small_tables()))
+    with unfilled_tables(), pytest.raises(ValueError, match="seed_from_weights needs tables with rows"):
+        compress_(model, Full, seed_from_weights=True)
+    unfilled = nn.Sequential(EmbeddingBagCollection(tables=small_tables(), device=torch.device("meta")))
+    with pytest.raises(ValueError, match="seed_from_weights needs tables with rows"):
+        compress_(unfilled, Full, seed_from_weights=True)
 
 
 def test_sequence_collections_are_compressed_too() -> None:
