@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from recemb.comparison.summary import RunSummary
+from recemb.comparison.summary import RunSummary, budgets_of
 from recemb.figures import bytes_formatter, format_bytes, save_figure
 
 # Distinct in print and for the colour-blind; markers tell the second round of colours from the first.
@@ -22,6 +22,8 @@ _FULL = "full"
 
 def auc_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> None:
     """Test AUC against serving bytes: a line a method, bars of one standard deviation, full tables and optimum across.
+
+    Methods that lead at a budget are drawn thick, the others pale.
 
     Args:
         runs: of the study; refused ones are left out.
@@ -42,7 +44,11 @@ def _auc_figure(
 ) -> None:
     trained = [run for run in runs if run.refused is None]
     figure, axes = _axes(title, x, "test AUC")
-    _lines(axes, trained, size_of, lambda run: (run.mean_auc, run.auc_spread))
+    leaders = {
+        max((run for run in trained if run.budget == budget), key=lambda run: run.mean_auc).method
+        for budget in budgets_of(trained)
+    }
+    _lines(axes, trained, size_of, lambda run: (run.mean_auc, run.auc_spread), leaders=leaders)
     # Full tables too: runs of one budget differ by a few bytes only.
     sizes = [size_of(run) for run in trained]
     axes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
@@ -96,6 +102,7 @@ def components_figure(runs: Sequence[RunSummary], path: Path, *, title: str) -> 
         shares = [size / run.serving_bytes for size, run in zip(sizes, trained, strict=True)]
         axes.barh(places, shares, left=left, color=color, label=name)
         left = [before + share for before, share in zip(left, shares, strict=True)]
+    axes.margins(y=0.5 / max(len(trained), 1))
     axes.set_yticks(places, [f"{run.name}  {format_bytes(run.serving_bytes)}" for run in trained], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
@@ -123,8 +130,9 @@ def _lines(
     value: Callable[[RunSummary], tuple[float, float]],
     *,
     with_full: bool = False,
+    leaders: Collection[str] = (),
 ) -> None:
-    """One line a method through its runs, in the order of bytes."""
+    """One line a method through its runs, in the order of bytes; of ``leaders`` thick, where there are any."""
     methods = list(dict.fromkeys(run.method for run in runs if with_full or run.method != _FULL))
     for index, method in enumerate(methods):
         points = sorted((run for run in runs if run.method == method), key=size_of)
@@ -136,8 +144,10 @@ def _lines(
             color=_COLORS[index % len(_COLORS)],
             marker=_MARKERS[index // len(_COLORS) % len(_MARKERS)],
             markersize=5,
-            linewidth=1.2,
+            linewidth=2.4 if method in leaders else 1.2,
             capsize=2,
+            alpha=0.5 if leaders and method not in leaders else 1.0,
+            zorder=3 if method in leaders else 2,
             label=method,
         )
 

@@ -24,8 +24,8 @@ class RunSummary:
         tuning_trials: trainings that chose it.
         auc, logloss: of the test split, one a seed.
         serving_bytes, full_bytes: of the tables, as a mean over seeds; of full ones.
-        components: part of the tables (rows, maps, dense layers) -> bytes.
-        optimizer_bytes: of the tables, in training.
+        components: part of the tables (rows, maps, dense layers) -> bytes, as a mean over seeds.
+        optimizer_bytes: of the tables, in training, as a mean over seeds.
         training_bytes: values of the tables and their optimizer state, in the training that held most, as a mean over
             seeds; None where the cells of a search do not say.
         samples_per_cpu_second: of training, one a seed.
@@ -80,7 +80,11 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
     if "refused" in first:
         return RunSummary(name, method, budget, first["refused"], tuple(setting), first["tuning_trials"])
     embedding = first["embedding"]
-    parts = [(part, embedding[f"{part}_bytes"]) for part in ("table", "index", "dense") if f"{part}_bytes" in embedding]
+    parts = [
+        (part, _mean_bytes(cells, f"{part}_bytes"))
+        for part in ("table", "index", "dense")
+        if f"{part}_bytes" in embedding
+    ]
     return RunSummary(
         name=name,
         method=method,
@@ -91,16 +95,20 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
         auc=tuple(cell["test"]["auc"] for cell in cells),
         logloss=tuple(cell["test"]["logloss"] for cell in cells),
         # A search ends with other bytes for other seeds.
-        serving_bytes=round(statistics.mean(cell["embedding"]["bytes"] for cell in cells)),
+        serving_bytes=_mean_bytes(cells, "bytes"),
         full_bytes=embedding["full_bytes"],
         components=tuple(parts),
-        optimizer_bytes=embedding["optimizer_bytes"],
+        optimizer_bytes=_mean_bytes(cells, "optimizer_bytes"),
         samples_per_cpu_second=tuple(cell["train"]["samples_per_cpu_second"] for cell in cells),
         best_possible_auc=(first["data"].get("optimum") or {}).get("auc"),
         gauc=tuple(cell["test"]["users"]["gauc"] for cell in cells if "users" in cell["test"]),
         search_cost=tuple(cell["search"]["cpu_trainings"] for cell in cells if "search" in cell),
         training_bytes=_training_bytes(cells),
     )
+
+
+def _mean_bytes(cells: Sequence[dict[str, Any]], key: str) -> int:
+    return round(statistics.mean(cell["embedding"][key] for cell in cells))
 
 
 def _training_bytes(cells: Sequence[dict[str, Any]]) -> int | None:

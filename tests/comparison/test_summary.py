@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from recemb.comparison.study import Study
-from recemb.comparison.summary import summaries
+from recemb.comparison.summary import RunSummary, summaries
 
 NEW = {"training_bytes": 900}
 SEARCH = {"search": {"cpu_trainings": 2.0}}
@@ -26,6 +26,12 @@ def cell(embedding: dict[str, int] | None = None, search: dict[str, Any] | None 
     }
 
 
+def summary_of(cells: list[dict[str, Any]]) -> RunSummary:
+    study = SimpleNamespace(cells=lambda: [("unified-10x", cells)], best_setting=lambda name: [])
+    [summary] = summaries(cast(Study, study))
+    return summary
+
+
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [
@@ -41,6 +47,14 @@ def cell(embedding: dict[str, int] | None = None, search: dict[str, Any] | None 
 def test_training_bytes_are_those_of_the_cells_where_they_are_known(
     cells: list[dict[str, Any]], expected: int | None
 ) -> None:
-    study = SimpleNamespace(cells=lambda: [("unified-10x", cells)], best_setting=lambda name: [])
-    [summary] = summaries(cast(Study, study))
-    assert summary.training_bytes == expected
+    assert summary_of(cells).training_bytes == expected
+
+
+def test_bytes_and_their_parts_are_means_over_seeds() -> None:
+    first, second = (
+        {"bytes": 100, "table_bytes": 70, "index_bytes": 30},
+        {"bytes": 60, "table_bytes": 40, "index_bytes": 20},
+    )
+    summary = summary_of([cell(first), cell({**second, "optimizer_bytes": 20})])
+    assert (summary.serving_bytes, summary.optimizer_bytes) == (80, 15)
+    assert dict(summary.components) == {"table": 55, "index": 25}
