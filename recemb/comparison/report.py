@@ -70,9 +70,13 @@ def reading(runs: Sequence[RunSummary]) -> str:
         sentence = f"At {budget} {best.method} leads with {best.mean_auc:.4f}"
         if full is not None:
             sentence += f" ({best.mean_auc - full.mean_auc:+.4f} against full tables)"
-        ties = [run.method for run, chance in advice.others if chance < 0.95]
-        if ties:
-            sentence += f", not told apart at 95% from {', '.join(ties)}"
+        # One seed says nothing about chance.
+        rivals = [run for run, chance in advice.others if chance < 0.95 and len(run.auc) > 1 and len(best.auc) > 1]
+        if rivals:
+            sentence += f", not told apart at 95% from {', '.join(run.method for run in rivals)}"
+        single = [run for run, _ in advice.others if min(len(run.auc), len(best.auc)) == 1]
+        if single:
+            sentence += f", on one seed {', '.join(f'{run.method} {run.mean_auc:.4f}' for run in single)}"
         sentences.append(sentence + ".")
     if full is not None and full.training_bytes is not None:
         sentences += _by_training_bytes(trained, full, full.training_bytes)

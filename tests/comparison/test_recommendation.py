@@ -80,6 +80,15 @@ def test_the_reading_names_leader_ties_cliffs_and_what_was_refused() -> None:
     assert text.endswith("Out of reach: path-100x.")
 
 
+def test_the_reading_does_not_compare_what_has_one_seed() -> None:
+    text = reading([*RUNS, run("magnitude-10x", 98, (0.78,))])
+    assert "not told apart at 95% from robe, on one seed magnitude 0.7800." in text
+    assert (
+        "leads with 0.7990 (-0.0010 against full tables), on one seed unified 0.7910, robe 0.7907, hashing"
+        in reading([*RUNS, run("magnitude-10x", 98, (0.799,))])
+    )
+
+
 def test_the_reading_says_who_leads_where_training_must_shrink_too() -> None:
     runs = [
         run("full", 1000, (0.8, 0.8), budget=None, training=1100),
