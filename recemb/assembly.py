@@ -198,21 +198,19 @@ def build_model(
         _check_fits(estimate)
     build = build_target(head)
     embeddings: nn.Module
-    where = unfilled_tables() if spread else nullcontext()
     # The loader has checked every id against the manifest already, hence check_ids=False.
-    if "histories" in inspect.signature(build).parameters:
-        if not inputs.histories:
-            raise ValueError(
-                f"model {head['_target_']} needs histories, and the data set has no sequence that shares its table "
-                "with a single feature (the target)"
-            )
-        with where:
+    with unfilled_tables() if spread else nullcontext():
+        if "histories" in inspect.signature(build).parameters:
+            if not inputs.histories:
+                raise ValueError(
+                    f"model {head['_target_']} needs histories, and the data set has no sequence that shares its table "
+                    "with a single feature (the target)"
+                )
             embeddings = CompressedEmbeddingCollection(
                 [_unpooled(table) for table in tables], method, full_below_rows=config.full_below_rows, check_ids=False
             )
-        build = functools.partial(build, histories=inputs.histories, bags=inputs.bags)
-    else:
-        with where:
+            build = functools.partial(build, histories=inputs.histories, bags=inputs.bags)
+        else:
             embeddings = CompressedEmbeddingBagCollection(
                 tables, method, full_below_rows=config.full_below_rows, check_ids=False
             )

@@ -49,7 +49,7 @@ def test_every_row_of_a_shard_starts_within_the_bound_of_its_range(data: st.Data
     first = data.draw(st.integers(0, len(bounds)))
     count = data.draw(st.integers(0, len(bounds) - first))
     weight = torch.full((count, 8), 99.0)
-    fill_rows(config(UniformRanges(ranges), rows=max(len(bounds), 1)), weight[:, :8], first, seed=1)
+    fill_rows(config(UniformRanges(ranges), rows=max(len(bounds), 1)), weight, first, seed=1)
     for row, bound in zip(weight, bounds[first : first + count], strict=True):
         # Of 8 values of U(-1, 1) the largest is below a thousandth once in 10^24.
         assert bound / 1000 < row.abs().max() <= bound
@@ -63,8 +63,8 @@ def test_a_row_starts_alike_in_whatever_shard_it_lies(start: object) -> None:
     fill_rows(table, whole, 0, seed=5)
     fill_rows(table, other, 0, seed=6)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.isclose(whole, other, rtol=0, atol=1e-6).any(dim=1).float().mean() > 0.01
-    # Of 2^16 rows are blocks; no two of them are alike either.
+    assert torch.isclose(whole, other, rtol=0, atol=1e-6).any(dim=1).float().mean() < 0.01
+    # Blocks have 2^16 rows; no two of them are alike either.
     assert not torch.equal(whole[:30_000], whole[65_536:95_536])
     for first, count in ((0, 3), (65_535, 2), (65_536, 65_536), (131_000, 19_001), (150_000, 1), (7, 0)):
         shard = torch.empty(count, 4)
@@ -149,6 +149,33 @@ def test_one_process_fills_them_in_the_kernels(name: str) -> None:
         if "embedding_bags" in key:
             tolerance = 6 / whole.numel() ** 0.5
             assert float(ours.abs().median()) == pytest.approx(float(whole.abs().median()), rel=tolerance, abs=1e-9)
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Table name -> its rows."""
+    return {key.split(".")[-2]: rows.detach().clone() for key, rows in model.named_parameters()}
+
+
+def keep_whole(rank: int, folder: Path) -> None:
+    optimizer = EmbeddingOptimizer("dense_adam", 0.1)
+    torch.manual_seed(0)
+    model, trained = prepare(nn.Sequential(tables_of("full", unfilled=True)), optimizer, DENSE)
+    torch.save(weights_of(model), folder / f"start-{rank}.pt")
+    model(bags(KEYS, SINGLE)).values().square().sum().backward()
+    trained.step()
+    torch.save(weights_of(model), folder / f"end-{rank}.pt")
+
+
+def test_tables_that_every_rank_holds_whole_start_alike_and_train(tmp_path: Path) -> None:
+    run_ranks(keep_whole, tmp_path)
+    start, other, end, other_end = (
+        torch.load(tmp_path / f"{when}-{rank}.pt") for when in ("start", "end") for rank in range(WORLD_SIZE)
+    )
+    assert len(start) == len(small_tables())
+    for table in small_tables():
+        name, bound = table.name, table.num_embeddings**-0.5
+        assert torch.equal(start[name], other[name]) and bound / 2 < float(start[name].abs().max()) <= bound
+        assert torch.equal(end[name], other_end[name]) and not torch.equal(end[name], start[name])
 
 
 def refuse(rank: int, folder: Path) -> None:

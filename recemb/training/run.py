@@ -114,7 +114,8 @@ class _Run:
             inputs,
             embedding_optimizer,
             counted_by=self.data.manifest,
-            spread=ranks.world_size > 1,
+            # An optimizer of all rows keeps tables whole on every rank.
+            spread=ranks.world_size > 1 and not embedding_optimizer.trains_all_rows,
         )
         if config.embedding.mini_batch_aware_decay:
             decay_by_train_counts(model, self.data.manifest, config.embedding.mini_batch_aware_decay)
