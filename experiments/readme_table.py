@@ -47,7 +47,7 @@ def table() -> str:
     first = columns[0]
     methods = sorted(
         {run.method for study in STUDIES for run in runs[study]} - {"full"},
-        key=lambda method: _order(found.get((first[0], method, first[1]))),
+        key=lambda method: (_order(found.get((first[0], method, first[1]))), method),
     )
     heads = [f"{STUDIES[study][0]}, {budget}" for study, budget in columns]
     lines = [f"| {' | '.join(['`embedding=`', *heads])} |", f"|{'---|' * (len(columns) + 1)}"]
