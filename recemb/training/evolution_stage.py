@@ -23,13 +23,8 @@ from recemb.training.candidate_bytes import CandidateBytes, with_widths
 from recemb.training.candidates import CandidateScores
 from recemb.training.evolution import STATE_FILE, Candidate, Evolution, EvolutionSettings, EvolutionState
 from recemb.training.metrics_log import MetricsLog, NoLog, StepLog
-from recemb.training.stage import (
-    StageContext,
-    StageOutcome,
-    joined_plan,
-    plan_figures,
-    search_budgets,
-)
+from recemb.training.stage import StageContext, StageOutcome, joined_plan, search_budgets
+from recemb.training.stages import as_pruned
 from recemb.training.validation import EVALUATION_BATCH_SIZE
 
 logger = logging.getLogger(__name__)
@@ -73,14 +68,12 @@ class EvolutionStage:
         search = _Search(self, context, model, groups)
         plan, figures = search.to_the_end()
         folder = context.save_plan(plan)
-        widths = search.widths_found()
-        for group in groups:
-            group.set_widths({table.name: widths[table.name] for table in group.tables})
+        checkpoint, pruned = as_pruned(context, folder)
         figures = {
             "seconds": time.perf_counter() - begun,
             "cpu_seconds": time.process_time() - begun_cpu,
             **figures,
-            "validation": context.validate(model),
+            **pruned,
         }
         logger.info(
             "stage %s: %s rows of mean width %.2f, %s bytes; AUC %.5f, %.5f with all columns",
@@ -91,7 +84,7 @@ class EvolutionStage:
             figures["auc"],
             figures["full_width_auc"],
         )
-        return StageOutcome(folder, None, figures)
+        return StageOutcome(folder, checkpoint, figures)
 
 
 class _Search:
@@ -154,8 +147,6 @@ class _Search:
         plan = with_widths(self.rows, self.widths_found())
         [auc, full_width_auc] = self.scores([best, self.full])
         return plan, {
-            **plan_figures(plan),
-            "bytes": self.bytes_of(best),
             "widths": self.widths_found(),
             "auc": auc,
             "full_width_auc": full_width_auc,

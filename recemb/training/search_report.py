@@ -113,9 +113,16 @@ def _stages(results: Mapping[str, Any]) -> str:
         f"{'' if 'validation' not in stage else format(stage['validation']['auc'], '.5f')} |"
         for stage in results["stages"]
     ]
+    last = results["stages"][-1]
+    kept = ""
+    if last.get("keeps", last["name"]) != last["name"]:
+        kept = (
+            f" Retrained tables have a validation AUC of {last['retrained_validation']['auc']:.5f}: they are those of "
+            f"stage {last['keeps']}."
+        )
     return (
         f"## Stages\n\nAll but the last training took {duration(search['seconds'])}, as long as "
-        f"{search['trainings']:.2f} of it.\n\n"
+        f"{search['trainings']:.2f} of it.{kept}\n\n"
         "| stage | steps | time | rows kept | values kept | mean width | bytes | validation AUC |\n"
         "|---|---:|---:|---:|---:|---:|---:|---:|\n" + "\n".join(rows)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,39 +113,67 @@ class PruneStage:
             budgets = search_budgets(trained, context.budget_bytes())
             plan = joined_plan([group.derive_plan(budget) for group, budget in budgets])
         folder = context.save_plan(plan)
-        model, _ = context.build(folder)
-        context.start(model, folder, "none")
-        checkpoints = RunFolder(context.folder).checkpoints
-        state = {"run": context.description(checkpoints.folder / "step", folder)}
-        checkpoint = checkpoints.save(0, {"model": model.state_dict()}, state, best_step=0)
-        figures = _of_plan(context, folder, model)
-        validation = context.validate(model.to(context.device))
-        logger.info("stage %s: %s, validation AUC %.5f as it is", self.name, _shown(figures), validation["auc"])
+        checkpoint, figures = as_pruned(context, folder)
+        logger.info(
+            "stage %s: %s, validation AUC %.5f as it is", self.name, _shown(figures), figures["validation"]["auc"]
+        )
         return StageOutcome(
             folder,
             checkpoint,
-            {
-                "seconds": time.perf_counter() - begun,
-                "cpu_seconds": time.process_time() - begun_cpu,
-                **figures,
-                "validation": validation,
-            },
+            {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time() - begun_cpu, **figures},
         )
+
+
+def as_pruned(context: StageContext, plan: Path) -> tuple[Path, dict[str, Any]]:
+    """The tables that a stage's plan asks for with the weights as the search left them, saved for later stages.
+
+    Returns:
+        Their checkpoint, and figures: what the plan keeps, ``bytes`` that serve, ``validation``.
+    """
+    model, _ = context.build(plan)
+    context.start(model, plan, "none")
+    checkpoints = RunFolder(context.folder).checkpoints
+    state = {"run": context.description(checkpoints.folder / "step", plan)}
+    checkpoint = checkpoints.save(0, {"model": model.state_dict()}, state, best_step=0)
+    figures = _of_plan(context, plan, model)
+    return checkpoint, {**figures, "validation": context.validate(model.to(context.device))}
 
 
 @dataclass(frozen=True)
 class RetrainStage(TrainingStage):
     """Trains the tables that the latest plan asks for, with what it keeps fixed.
 
+    The tables as the search left them are a candidate as well: where they validate better they stay, whatever the
+    reset (``keeps`` in the stage's figures says which did). Where a log is passed once, starting again from the
+    beginning often loses more than pruning did.
+
     Args:
-        reset: ``"rewind"`` (what a lottery ticket is), ``"none"`` (on from what the search had learnt, which is
-            validated first and stays where no step improves it) or ``"fresh"``.
+        reset: ``"rewind"`` (what a lottery ticket is), ``"none"`` (on from what the search had learnt) or ``"fresh"``.
     """
 
     reset: Reset = "rewind"
 
     def run(self, context: StageContext) -> StageOutcome:
-        return _train(self, context, context.latest_plan(), Together())
+        outcome = _train(self, context, context.latest_plan(), Together())
+        # Going on from the pruned tables began with a validation of them: they are the best already where they are.
+        return outcome if self.reset == "none" else self._or_as_pruned(context, outcome)
+
+    def _or_as_pruned(self, context: StageContext, outcome: StageOutcome) -> StageOutcome:
+        name, pruned = next((name, made) for name, made in reversed([*context.earlier.items()]) if made.plan)
+        if pruned.checkpoint is None:
+            return outcome
+        metric = context.config.trainer.stopping.metric
+        retrained, left = outcome.figures["validation"], pruned.figures["validation"]
+        gain = retrained[metric] - left[metric]
+        if (gain if metric != "logloss" else -gain) >= 0.0:
+            return replace(outcome, figures={**outcome.figures, "keeps": self.name})
+        logger.info(
+            "stage %s: validation %s %.5f after retraining, %.5f as stage %s left the tables: those stay",
+            *(self.name, metric, retrained[metric], left[metric], name),
+        )
+        figures = {"validation": left, "retrained_validation": retrained, "best_step": 0, "keeps": name}
+        # Without a checkpoint of its own: the latest weights are those of the stage that pruned.
+        return StageOutcome(None, None, {**outcome.figures, **figures})
 
 
 def _train(stage: TrainingStage, context: StageContext, plan: Path | None, steps: Steps) -> StageOutcome:

@@ -220,6 +220,42 @@ def test_what_a_search_had_learnt_may_be_the_best_of_a_retraining_that_goes_on_f
     assert min(validated(finished)) > 0
 
 
+@pytest.mark.parametrize("metric", ["auc", "logloss"])
+def test_tables_as_they_were_pruned_stay_where_training_again_ends_below_them(
+    data: Path, tmp_path: Path, metric: str
+) -> None:
+    run = tmp_path / "run"
+    train(config_of(data, run, "+embedding.stages.2.max_steps=2", f"trainer.stopping.metric={metric}"))
+    results = results_of(run)
+    _, prune, retrain = results["stages"]
+    assert retrain["keeps"] == "prune" and retrain["best_step"] == 0
+    assert retrain["validation"] == prune["validation"]
+    assert retrain["retrained_validation"]["auc"] < prune["validation"]["auc"]
+    assert results["validation"][metric] == prune["validation"][metric]
+    assert f"validation AUC of {retrain['retrained_validation']['auc']:.5f}" in (run / "report.md").read_text()
+    pruned, _ = load_model(run / "stages" / "1-prune" / "checkpoints" / "best")
+    served = recemb.load(run / "model")
+    labels, logits = [], []
+    with torch.no_grad():
+        for batch in ParquetLoader(Manifest.load(data), "test", batch_size=300):
+            logits.append(served(batch.dense, batch.sparse))
+            assert torch.equal(logits[-1], pruned(batch.dense, batch.sparse))
+            labels.append(batch.labels)
+    auc = metrics.auc(torch.cat(labels).numpy(), torch.cat(logits).numpy())
+    assert auc == pytest.approx(results["test"]["auc"], abs=1e-12)
+
+
+def test_tables_trained_again_stay_where_they_validate_better(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config_of(data, run, "embedding.budget=60x", "+embedding.stages.2.epochs=3"))
+    results = results_of(run)
+    _, prune, retrain = results["stages"]
+    assert retrain["keeps"] == "retrain" and "retrained_validation" not in retrain
+    assert retrain["validation"]["auc"] == max(validated(run).values()) > prune["validation"]["auc"]
+    assert retrain["best_step"] == max(validated(run), key=lambda step: validated(run)[step])
+    assert results["validation"]["auc"] == retrain["validation"]["auc"]
+
+
 def validated(run: Path) -> dict[int, float]:
     """Step -> validation AUC of the retraining."""
     lines = read_metrics(run / "stages" / "2-retrain")
