@@ -9,6 +9,7 @@ selections of architecture batches take turns, first order, as in the released c
 selection is folded into the rows and the smallest values are dropped, over all tables alike, to the budget; what
 survives is trained on from the folded values (``reset: none``, as the authors' notebook does), or again from the
 weights before all training (``rewind``, which the config does: logs of one or two epochs are overfitted by a third).
+Tables as they were pruned stay where they validate better (``recemb.training.stages.RetrainStage``).
 
 Differs from the paper: frequencies are train counts (the released code counts the test split as well), ids of equal
 count are cut in the order of the tables. Differs from the released code: selections are learnt on rows of their own, so

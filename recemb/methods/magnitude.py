@@ -2,7 +2,8 @@
 
 References: Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression",
 arXiv:1710.01878; Frankle and Carbin, "The Lottery Ticket Hypothesis", arXiv:1803.03635, for training what is left again
-from the values it began with (``RetrainStage``, ``reset: rewind``).
+from the values it began with (``RetrainStage``, ``reset: rewind``). Tables as they were pruned stay where they validate
+better.
 """
 
 from __future__ import annotations

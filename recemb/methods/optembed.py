@@ -17,6 +17,7 @@ Differs from the paper:
   (sparse on CPU) moves the rows of the batch alone, and decays none.
 * With ``dropped="vector"`` the vector is learnt in the retraining and keeps all columns; the released code's ``oov``
   mode trains it in the supernet too, and cuts it to the field's width.
+* Tables as the search left them stay where they validate better than the retrained ones (``RetrainStage``).
 * Thresholds per value: exp(-t) is summed over the values of the batch instead of all N. The others get no gradient of
   the loss either, and what they miss of the penalty is learning_rate * alpha a step.
 

@@ -3,7 +3,8 @@
 Reference: Liu et al., "Learnable Embedding Sizes for Recommender Systems", ICLR 2021, arXiv:2101.07577.
 
 A search in stages: rows and thresholds are trained together; the values that are left over, or the largest of them to
-a budget, are kept; they are trained again from the values they began with (a lottery ticket).
+a budget, are kept; they are trained again from the values they began with (a lottery ticket), and stay as they were
+pruned where that validates better (``recemb.training.stages.RetrainStage``).
 
 Differs from the paper and its released code:
 

@@ -147,6 +147,8 @@ class RetrainStage(TrainingStage):
     reset (``keeps`` in the stage's figures says which did). Where a log is passed once, starting again from the
     beginning often loses more than pruning did.
 
+    Differs from the papers of OptEmbed, PEP and DNIS, which take the retrained tables whatever they validate.
+
     Args:
         reset: ``"rewind"`` (what a lottery ticket is), ``"none"`` (on from what the search had learnt) or ``"fresh"``.
     """
