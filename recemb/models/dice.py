@@ -11,7 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from recemb.ranks import differentiable_sum
 
 
 class Dice(nn.Module):
@@ -24,6 +27,10 @@ class Dice(nn.Module):
     The running statistics are those of exponentially weighted *rows*, not batches: a last batch of three rows counts as
     three rows, the variance between batches is counted, and there is no bias towards the initial 0 and 1. A batch
     without rows changes nothing.
+
+    Over several ranks E and Var of a training step are those of this rank's rows, as in DistributedDataParallel without
+    synchronised batch normalisation; the running statistics are those of the rows of all ranks, and are the same on
+    every rank. So all ranks must call it equally often in training, also without rows.
 
     Args:
         num_units: C.
@@ -59,7 +66,11 @@ class Dice(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(N, C) -> (N, C); N may be 0 or 1, also in training."""
-        if inputs.shape[0] == 0 or not self.training:
+        if not self.training:
+            return self._activate(inputs)
+        if inputs.shape[0] == 0:
+            # Other ranks may have rows.
+            self.update(self.running_mean, self.running_variance, 0)
             return self._activate(inputs)
         # Under autocast the layer before gives bfloat16, whose eight bits are too few for statistics.
         output, mean, variance = _TrainingDice.apply(inputs.to(self.alpha.dtype), self.alpha, self.eps)
@@ -72,7 +83,17 @@ class Dice(nn.Module):
 
     @torch.no_grad()
     def update(self, mean: Tensor, variance: Tensor, num_rows: int) -> None:
-        """Merge the statistics of ``num_rows`` new rows into the running ones."""
+        """Merge the statistics of ``num_rows`` new rows into the running ones, over ranks those of all of them.
+
+        Args:
+            mean: (C,); of no rows anything finite.
+            variance: (C,) biased; likewise.
+            num_rows: of this rank.
+        """
+        if dist.is_initialized():
+            mean, variance, num_rows = _of_all_ranks(mean, variance, num_rows)
+        if num_rows == 0:
+            return
         before = self.running_rows * (1 - self.momentum)
         total = before + self.momentum * num_rows
         share = self.momentum * num_rows / total
@@ -81,6 +102,15 @@ class Dice(nn.Module):
         self.running_variance.add_(shift.square() * (share * (1 - share)))
         self.running_mean.add_(shift * share)
         self.running_rows.copy_(total)
+
+
+def _of_all_ranks(mean: Tensor, variance: Tensor, num_rows: int) -> tuple[Tensor, Tensor, int]:
+    """Mean (C,) and variance (C,), float64, of the rows of all ranks, and their number; NaN where there are none."""
+    mean = mean.double()
+    squares = variance.double() + mean.square()
+    sums = differentiable_sum(torch.cat([mean.new_full((1,), num_rows), num_rows * mean, num_rows * squares]))
+    mean, squares = (sums[1:] / sums[0]).chunk(2)
+    return mean, (squares - mean.square()).clamp_(min=0), int(sums[0])
 
 
 class _TrainingDice(torch.autograd.Function):
