@@ -86,12 +86,15 @@ class EvolutionState:
         scores: candidate -> its score on all rows.
         dropped: candidate -> its score on the sample, after which it was not scored further.
         history: one entry a generation, fit for people and plots.
+        seconds, cpu_seconds: that the search took until then, killed runs included.
     """
 
     generation: int = 0
     scores: dict[Candidate, float] = field(default_factory=dict)
     dropped: dict[Candidate, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def best(self) -> Candidate:
@@ -110,6 +113,8 @@ class EvolutionState:
             "scores": [[list(candidate), score] for candidate, score in self.scores.items()],
             "dropped": [[list(candidate), score] for candidate, score in self.dropped.items()],
             "history": self.history,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
         }
         write_json(path, content)
 
@@ -120,7 +125,9 @@ class EvolutionState:
         scores, dropped = (
             {tuple(candidate): score for candidate, score in content[key]} for key in ("scores", "dropped")
         )
-        return EvolutionState(content["generation"], scores, dropped, content["history"])
+        # Files from before time was kept have neither of the last two.
+        seconds, cpu_seconds = (content.get(key, 0.0) for key in ("seconds", "cpu_seconds"))
+        return EvolutionState(content["generation"], scores, dropped, content["history"], seconds, cpu_seconds)
 
 
 class Evolution:

@@ -60,18 +60,19 @@ class EvolutionStage:
     size_weight: float = 0.0
 
     def run(self, context: StageContext) -> StageOutcome:
-        begun, begun_cpu = time.perf_counter(), time.process_time()
+        clock = _Clock()
         model = context.load(context.latest_weights()).to(context.device)
         groups = [group for group in compressed_groups(model) if isinstance(group, OptEmbed) and group.searches_widths]
         if not groups:
             raise ValueError(f"stage {self.name!r}: tables that search widths are required, the model has none")
-        search = _Search(self, context, model, groups)
+        search = _Search(self, context, model, groups, clock)
         plan, figures = search.to_the_end()
         folder = context.save_plan(plan)
         checkpoint, pruned = as_pruned(context, folder)
+        seconds, cpu_seconds = clock.read()
         figures = {
-            "seconds": time.perf_counter() - begun,
-            "cpu_seconds": time.process_time() - begun_cpu,
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             **figures,
             **pruned,
         }
@@ -87,14 +88,37 @@ class EvolutionStage:
         return StageOutcome(folder, checkpoint, figures)
 
 
+class _Clock:
+    """Time since it was made, and before that in killed runs.
+
+    Attributes:
+        earlier: seconds and CPU seconds of those.
+    """
+
+    def __init__(self) -> None:
+        self._begun, self._begun_cpu = time.perf_counter(), time.process_time()
+        self.earlier = (0.0, 0.0)
+
+    def read(self) -> tuple[float, float]:
+        """Seconds, and CPU seconds."""
+        seconds, cpu_seconds = self.earlier
+        return seconds + time.perf_counter() - self._begun, cpu_seconds + time.process_time() - self._begun_cpu
+
+
 class _Search:
     """The search of one stage over the frozen supernet."""
 
     def __init__(
-        self, stage: EvolutionStage, context: StageContext, model: nn.Module, groups: Sequence[OptEmbed]
+        self,
+        stage: EvolutionStage,
+        context: StageContext,
+        model: nn.Module,
+        groups: Sequence[OptEmbed],
+        clock: _Clock,
     ) -> None:
         self.stage = stage
         self.context = context
+        self.clock = clock
         tables = [table for group in groups for table in group.tables]
         self.names = [table.name for table in tables]
         self.full = tuple(table.embedding_dim for table in tables)
@@ -133,8 +157,9 @@ class _Search:
         path = self.context.folder / STATE_FILE
         shared = self.context.ranks.share(f"{self.stage.name}/state", path.read_text() if path.is_file() else None)
         if shared is not None:
-            self.evolution.state = EvolutionState.from_json(shared)
-            logger.info("stage %s: goes on after generation %d", self.stage.name, self.evolution.state.generation)
+            self.evolution.state = state = EvolutionState.from_json(shared)
+            self.clock.earlier = (state.seconds, state.cpu_seconds)
+            logger.info("stage %s: goes on after generation %d", self.stage.name, state.generation)
         begun = time.perf_counter()
         known = len(self.evolution.state.scores) + len(self.evolution.state.dropped)
         with ExitStack() as stack:
@@ -182,6 +207,7 @@ class _Search:
             "mean_dim": sum(width * count for width, count in zip(best, rows, strict=True)) / max(sum(rows), 1),
         }
         log.write(state.generation, "architecture", values)
+        state.seconds, state.cpu_seconds = self.clock.read()
         if self.context.ranks.is_first:
             state.save(self.context.folder / STATE_FILE)
         logger.info(

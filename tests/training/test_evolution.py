@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,16 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) 
     second.run(second_score)  # type: ignore[arg-type]
     assert first_asked + second_asked == asked
     assert second.state == whole.state
+
+
+def test_a_state_from_before_time_was_kept_goes_on_at_zero_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "evolution.json"
+    state = EvolutionState(1, {(2, 3): 0.5}, {(1, 1): 0.25}, [{"generation": 1}], seconds=1.25, cpu_seconds=2.5)
+    state.save(path)
+    assert EvolutionState.from_json(path.read_text()) == state
+    content = json.loads(path.read_text())
+    del content["seconds"], content["cpu_seconds"]
+    assert EvolutionState.from_json(json.dumps(content)) == replace(state, seconds=0.0, cpu_seconds=0.0)
 
 
 def test_candidates_are_repaired_before_they_are_scored() -> None:

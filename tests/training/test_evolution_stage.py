@@ -93,14 +93,19 @@ def test_a_killed_search_goes_on_to_the_same_plan(finished: Path, tmp_path: Path
     shutil.rmtree(run / "stages" / "2-retrain")
     folder = run / "stages" / "1-search"
     state = json.loads((folder / "evolution.json").read_text())
+    for name in ("seconds", "cpu_seconds"):
+        assert 0 < state[name] <= figures_of(finished)[name]
     shutil.rmtree(folder)
     folder.mkdir()
-    # As it was after the first generation, whose candidates were scored first.
+    # As it was after the first generation, whose candidates were scored first; it took long.
     state.update(generation=1, scores=state["scores"][:20], history=state["history"][:1])
+    state.update(seconds=1e6, cpu_seconds=2e6)
     (folder / "evolution.json").write_text(json.dumps(state))
     arguments = {"resume": str(run), "stage": "search", "data": {"path": None, "synthetic": {"path": "log"}}}
     train(config_to_train({**arguments, "paths": {}}, [f"resume={run}", "+stage=search"]), continues=True)
     assert figures_of(run)["widths"] == figures_of(finished)["widths"]
+    assert 1e6 < figures_of(run)["seconds"] < 1e6 + 600
+    assert 2e6 < figures_of(run)["cpu_seconds"] < 2e6 + 600
     again, before = (CompressionPlan.load(path / "stages" / "1-search" / "plan") for path in (run, finished))
     for name, table in before.tables.items():
         assert torch.equal(again.tables[name].mask(), table.mask())
