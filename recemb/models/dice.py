@@ -104,6 +104,8 @@ class Dice(nn.Module):
         self.running_rows.copy_(total)
 
 
+# The number is read from the device, which no compiled graph holds.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _of_all_ranks(mean: Tensor, variance: Tensor, num_rows: int) -> tuple[Tensor, Tensor, int]:
     """Mean (C,) and variance (C,), float64, of the rows of all ranks, and their number; NaN where there are none."""
     mean = mean.double()
