@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -206,11 +207,14 @@ def load_optimizer_tensors(path: Path, optimizer: Optimizer) -> None:
     if not (path / STATE_FILE).is_file():
         raise FileNotFoundError(f"{path}: not a checkpoint (no {STATE_FILE})")
     restored = optimizer.state_dict()
-    plain = {name for name, part in restored.items() if "param_groups" in part}
+    plain = {name for name, part in restored.items() if isinstance(part, Tensor) or "param_groups" in part}
     in_place = {name: part for name, part in restored.items() if name not in plain}
     try:
         with _single_process_is_fine():
             saved = _load_state_dict_from_keys({f"optimizer.{name}" for name in plain}, checkpoint_id=str(path))
+            if "updates" in plain:
+                # Checkpoints from before updates of tables were counted: one a step.
+                saved.setdefault("optimizer", {}).setdefault("updates", torch.tensor(load_state(path)["step"]))
             # A rank that holds no table has nothing to read, and yet must take part.
             has_tensors = next(_tensors(in_place), None) is not None
             if "True" in gather_texts(str(has_tensors)):
@@ -223,7 +227,9 @@ def load_optimizer_tensors(path: Path, optimizer: Optimizer) -> None:
         raise ValueError(f"{path}: holds another optimizer: {cause}") from error
     # torch.distributed.checkpoint makes all keys text: with "0" for 0 torch's optimizers would silently start anew.
     for name, part in parts.items():
-        restored[name] = {**part, "state": {int(key): value for key, value in part.get("state", {}).items()}}
+        restored[name] = part
+        if not isinstance(part, Tensor):
+            restored[name] = {**part, "state": {int(key): value for key, value in part.get("state", {}).items()}}
     optimizer.load_state_dict(restored)
 
 

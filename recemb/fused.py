@@ -95,6 +95,10 @@ class FusedTables(nn.Module):
         return self._is_weighted
 
     @property
+    def kernels(self) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+        return [kernel.batched for kernel in self._kernels]
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

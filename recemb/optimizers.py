@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from recemb.fused import FusedTables
 
@@ -22,6 +24,8 @@ _FUSED = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adam": EmbOptimType.ADAM,
 }
+# Those whose update depends on how many there were before it.
+_COUNTING = {EmbOptimType.ADAM}
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class TrainingOptimizer:
     """Dense optimizers and fused tables behind one ``step``.
 
     Fused tables are updated inside ``backward()`` already; ``step`` moves the rest. So a second ``backward()`` is a
-    second update: gradients cannot be accumulated, nor clipped over the whole model.
+    second update: gradients cannot be accumulated, nor clipped over the whole model. Call ``zero_grad`` before each
+    step's lookups: it tells fused Adam, which corrects its bias by them, how many updates there were.
 
     Args:
         fused: module path -> tables that fbgemm trains.
@@ -137,20 +142,26 @@ class TrainingOptimizer:
         self._base_rates = {
             name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()
         }
+        kernels = [kernel for tables in fused.values() for kernel in tables.kernels] + _sharded_kernels(sharded)
+        self._counting = [kernel for kernel in kernels if kernel.optimizer in _COUNTING]
+        self._updates = 0
 
     def zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
+        self._set_updates(self._updates)
 
     def step(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.step()
+        self._set_updates(self._updates + 1)
 
     def step_weights(self, *, dense: bool = True) -> None:
         """``step`` but for architectures; without ``dense``, tables alone."""
         for name, optimizer in self.optimizers.items():
             if name not in self.architecture and (dense or name != "dense"):
                 optimizer.step()
+        self._set_updates(self._updates + 1)
 
     def step_architecture(self) -> None:
         """``step`` for architectures alone."""
@@ -171,10 +182,14 @@ class TrainingOptimizer:
             self.sharded.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors are the live ones, not copies; the same keys whether tables are sharded or not."""
+        """Tensors are the live ones, not copies; the same keys whether tables are sharded or not.
+
+        With fused Adam ``updates``, () int64, besides: how many there were.
+        """
         return {
             "fused": self._table_states(),
             **{name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            **({"updates": torch.tensor(self._updates)} if self._counting else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,10 +198,10 @@ class TrainingOptimizer:
         Raises:
             ValueError: state of other tables or optimizers.
         """
-        expected = {"fused", *self.optimizers}
-        if set(state) != expected:
+        expected = self.state_dict()
+        if set(state) != set(expected):
             raise ValueError(f"optimizer state must have {sorted(expected)}, got {sorted(state)}")
-        current = self._table_states()
+        current = expected["fused"]
         if set(state["fused"]) != set(current):
             raise ValueError(f"optimizer state must be of tables {sorted(current)}, got {sorted(state['fused'])}")
         for path, tables in self.fused.items():
@@ -195,6 +210,18 @@ class TrainingOptimizer:
             _load_sharded_states(current, state["fused"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
+        if self._counting:
+            self._set_updates(int(state["updates"]))
+
+    def _set_updates(self, updates: int) -> None:
+        """fbgemm counts lookups, those of validations too, and saves no count: the next lookup is made to go on here.
+
+        Its own ``set_optimizer_step`` leaves the number alone that a kernel in use goes by.
+        """
+        self._updates = updates
+        for kernel in self._counting:
+            for count in (kernel.iter, kernel.iter_cpu):
+                count.fill_(updates)
 
     def _table_states(self) -> dict[str, dict[str, list[Tensor]]]:
         """Collection path -> table -> its state tensors, of all ranks where tables are sharded."""
@@ -203,8 +230,16 @@ class TrainingOptimizer:
         states: dict[str, dict[str, list[Tensor]]] = {}
         for key, state in self.sharded.state_dict()["state"].items():
             path, _, table = key.removesuffix(".weight").rpartition("embedding_bags.")
-            states.setdefault(path.rstrip("."), {})[table] = [state[name] for name in sorted(state)]
+            # In the order of the kernel's states, as those of fused tables; TorchRec's names sort otherwise.
+            states.setdefault(path.rstrip("."), {})[table] = list(state.values())
         return states
+
+
+def _sharded_kernels(optimizer: KeyedOptimizer | None) -> list[SplitTableBatchedEmbeddingBagsCodegen]:
+    """The kernels of this rank behind TorchRec's optimizer of sharded tables."""
+    if isinstance(optimizer, CombinedOptimizer):
+        return [kernel for _, part in optimizer.optimizers for kernel in _sharded_kernels(part)]
+    return [optimizer._emb_module] if isinstance(optimizer, EmbeddingFusedOptimizer) else []
 
 
 @torch.no_grad()

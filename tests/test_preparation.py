@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.keyed import KeyedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.checkpoint import Checkpoints, load_model_tensors, load_optimizer_tensors
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.fused import FusedTables
 from recemb.method import WIDEST_ROW
 from recemb.methods.hashing import Hashing
-from recemb.optimizers import EmbeddingOptimizer
+from recemb.optimizers import EmbeddingOptimizer, TrainingOptimizer
 from recemb.preparation import prepare
 from tests.embedding_cases import KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
 
@@ -115,6 +119,88 @@ def test_optimizers_equal_torchs(name: str) -> None:
         parameter.grad = gradient.clone()
         reference.step()
     torch.testing.assert_close(after, parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_fused_adam_equals_torchs_whatever_is_evaluated_and_after_a_resume(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    collection = EmbeddingBagCollection(tables=[table("a", 6, dim=4)])
+    parameter = nn.Parameter(collection.embedding_bags["t_a"].weight.detach().clone())
+    reference = torch.optim.Adam([parameter], lr=0.1, eps=1e-8)
+    features = bags(["a"], [[[1, 1, 4], [4]]]).to("cuda")
+    fresh, by = copy.deepcopy(collection), EmbeddingOptimizer("adam", 0.1, eps=1e-8)
+    model, optimizer = prepare(collection, by, ADAM, device="cuda")
+    for step in range(6):
+        slope = torch.randn(2, 4)
+        with torch.no_grad():
+            for _ in range(20):
+                model(features)
+        if step == 3:
+            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            saved = Checkpoints(tmp_path).save(step, tensors, {}, best_step=None)
+            model, optimizer = prepare(fresh, by, ADAM, device="cuda")
+            load_model_tensors(saved, model)
+            load_optimizer_tensors(saved, optimizer)
+        optimizer.zero_grad()
+        (model(features).values() * slope.cuda()).sum().backward()
+        optimizer.step()
+        parameter.grad = torch.zeros(6, 4)
+        parameter.grad[1], parameter.grad[4] = 2 * slope[0], slope.sum(dim=0)
+        reference.step()
+        torch.testing.assert_close(
+            model.state_dict()["embedding_bags.t_a.weight"].cpu(), parameter.detach(), rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["count kept", "a checkpoint from before it was"])
+def test_kernels_that_count_are_told_the_updates_alone_and_after_a_resume(
+    kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row-wise Adagrad in place of Adam, which has no kernel on CPU: fbgemm counts its lookups as well."""
+    monkeypatch.setattr("recemb.optimizers._COUNTING", {EmbOptimType.EXACT_ROWWISE_ADAGRAD})
+    monkeypatch.setattr("recemb.fused.fbgemm_stalls", lambda: False)
+    features = bags(KEYS, MULTI_HOT)
+
+    def prepared() -> tuple[nn.Module, TrainingOptimizer]:
+        model, optimizer = prepare(EmbeddingBagCollection(tables=small_tables()), EmbeddingOptimizer(), ADAM)
+        evaluate(model)
+        return model, optimizer
+
+    def evaluate(model: nn.Module) -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                model(features)
+
+    def step(model: nn.Module, optimizer: TrainingOptimizer, number: int) -> None:
+        optimizer.zero_grad()
+        values = model(features).values()
+        # Small tables have two modes of pooling, and so two kernels. The first update has number 1.
+        assert [int(kernel.iter_cpu) for kernel in optimizer.fused[""].kernels] == [number, number]
+        values.sum().backward()
+        optimizer.step()
+        evaluate(model)
+        optimizer.step_architecture()
+
+    model, optimizer = prepared()
+    for number in (1, 2, 3):
+        step(model, optimizer, number)
+    state = optimizer.state_dict()
+    if not kept:
+        del state["updates"]
+    saved = Checkpoints(tmp_path).save(3, {"model": model.state_dict(), "optimizer": state}, {}, best_step=None)
+    again, its_optimizer = prepared()
+    load_model_tensors(saved, again)
+    load_optimizer_tensors(saved, its_optimizer)
+    step(again, its_optimizer, 4)
+
+
+def test_states_of_sharded_adam_come_in_the_order_of_those_in_one_process() -> None:
+    weight, first, second = torch.zeros(3, 2, 4)
+    # As TorchRec calls fbgemm's momentum1 and momentum2.
+    states = {weight: {"t_a.momentum1": first, "t_a.exp_avg_sq": second}}
+    sharded = KeyedOptimizer({"tables.embedding_bags.t_a.weight": weight}, states, [{"params": [weight], "lr": 0.1}])
+    found = TrainingOptimizer({}, {}, sharded).state_dict()["fused"]["tables"]["t_a"]
+    assert [id(tensor) for tensor in found] == [id(first), id(second)]
 
 
 def test_dense_adam_moves_all_rows_as_adam_over_embedding_bags_does() -> None:

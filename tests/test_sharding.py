@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb import optimizers
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.method import Method
 from recemb.optimizers import EmbeddingOptimizer
@@ -89,6 +91,27 @@ def run_rank(rank: int, folder: Path) -> None:
             torch.save(outputs, folder / f"{name}-{placement}-{rank}.pt")
             state = {"model": sharded.state_dict(), "tables": optimizer.state_dict()["fused"]}
             dcp.save(state, checkpoint_id=str(folder / f"{name}-{placement}"))
+    count_updates(rank)
+
+
+def count_updates(rank: int) -> None:
+    """Row-wise Adagrad in place of Adam, which has no kernel on CPU: kernels go by the updates, evaluations or not."""
+    optimizers._COUNTING = {EmbOptimType.EXACT_ROWWISE_ADAGRAD}
+    model, optimizer = prepare(Model(methods()["full"]), OPTIMIZER, DENSE, placement={"*": ["row_wise"]})
+    kernels = optimizers._sharded_kernels(optimizer.sharded)
+    assert kernels
+    batch = batch_of(rank, single=True)
+    for number in (1, 2, 8):
+        with torch.no_grad():
+            model(batch)
+        if number == 8:
+            optimizer.load_state_dict({**optimizer.state_dict(), "updates": torch.tensor(7)})
+        optimizer.zero_grad()
+        logits = model(batch)
+        assert {int(kernel.iter_cpu) for kernel in kernels} == {number}
+        logits.sum().backward()
+        optimizer.step()
+        assert optimizer.state_dict()["updates"] == number
 
 
 @pytest.fixture(scope="module")
