@@ -46,8 +46,12 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return {TARGET: class_path(type(model)), "arguments": arguments}
 
 
-def build(description: Mapping[str, Any]) -> nn.Module:
+def build(description: Mapping[str, Any], *, check_ids: bool = True) -> nn.Module:
     """The model of a description, with fresh values.
+
+    Args:
+        description: of ``describe``.
+        check_ids: of every collection, whatever those had that were described: training loops switch it off.
 
     Raises:
         ValueError: a class that cannot be imported or that is no module, or what its constructor refuses.
@@ -56,9 +60,9 @@ def build(description: Mapping[str, Any]) -> nn.Module:
     if not issubclass(cls, nn.Module):
         raise ValueError(f"{description[TARGET]} must be a torch.nn.Module")
     if issubclass(cls, _COLLECTIONS):
-        return _build_collection(cls, description)
+        return _build_collection(cls, description, check_ids)
     arguments = {
-        name: build(value[MODULE]) if isinstance(value, dict) and MODULE in value else decode(value)
+        name: build(value[MODULE], check_ids=check_ids) if isinstance(value, dict) and MODULE in value else decode(value)
         for name, value in description["arguments"].items()
     }
     return cls(**arguments)
@@ -81,12 +85,13 @@ def _describe_collection(collection: Collection) -> dict[str, Any]:
         TARGET: class_path(type(collection)),
         "tables": [_describe_table(table) for table in tables],
         "groups": groups,
+        # For older versions of recemb, which build by it.
         "checks_ids": collection.checks_ids(),
         "is_weighted": weighted,
     }
 
 
-def _build_collection(cls: type, description: Mapping[str, Any]) -> Collection:
+def _build_collection(cls: type, description: Mapping[str, Any], check_ids: bool) -> Collection:
     pooled = issubclass(cls, CompressedEmbeddingBagCollection)
     tables = [_build_table(item) for item in description["tables"]]
     own = {table.name: table for table in with_own_features(tables)}
@@ -99,10 +104,7 @@ def _build_collection(cls: type, description: Mapping[str, Any]) -> Collection:
         groups.append(group_class([own[name] for name in item["tables"]], **arguments))
     if pooled:
         return CompressedEmbeddingBagCollection.of_groups(
-            tables,
-            groups,
-            is_weighted=description["is_weighted"],
-            check_ids=description["checks_ids"],
+            tables, groups, is_weighted=description["is_weighted"], check_ids=check_ids
         )
     unpooled = [
         EmbeddingConfig(
@@ -113,7 +115,7 @@ def _build_collection(cls: type, description: Mapping[str, Any]) -> Collection:
         )
         for table in tables
     ]
-    return CompressedEmbeddingCollection.of_groups(unpooled, groups, check_ids=description["checks_ids"])
+    return CompressedEmbeddingCollection.of_groups(unpooled, groups, check_ids=check_ids)
 
 
 def _describe_table(table: BaseEmbeddingConfig) -> dict[str, Any]:

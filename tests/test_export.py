@@ -69,6 +69,7 @@ def test_a_run_becomes_a_folder_that_predicts_the_same(run: Path, data: Path, tm
     trained, _ = load_model(run)
     served = load(tmp_path / "out")
     assert isinstance(served.embeddings.groups[0], Unified)
+    assert served.embeddings.checks_ids() and not trained.embeddings.checks_ids()
     logits, labels = [], []
     for batch in ParquetLoader(Manifest.load(data), "validation", batch_size=300):
         logits.append(served(batch.dense, batch.sparse).detach())

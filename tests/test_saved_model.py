@@ -25,7 +25,7 @@ from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbedd
 from recemb.conversion import convert
 from recemb.data.manifest import checksum
 from recemb.memory import measure_memory
-from recemb.method import method_class
+from recemb.method import UNBOUNDED, method_class
 from recemb.methods.full import Full
 from recemb.methods.pruned import Pruned
 from recemb.methods.unified import Unified
@@ -164,11 +164,53 @@ def test_mixed_methods_and_tables_below_a_size_keep_their_groups(tmp_path: Path)
 def test_weighted_collections_come_back_weighted(tmp_path: Path) -> None:
     tables = [table("a", 50), table("b", 70)]
     collection = CompressedEmbeddingBagCollection(tables, Full, is_weighted=True, check_ids=False)
-    loaded = load(save(collection, tmp_path / "saved"))
+    loaded = load(save(collection, tmp_path / "saved"), check_ids=False)
     assert loaded.is_weighted() and not loaded.checks_ids()
     plain = bags(["a", "b"], [[[1, 2]], [[3]]])
     features = type(plain)(plain.keys(), plain.values(), weights=torch.rand(3), lengths=plain.lengths())
     assert torch.equal(loaded(features).values(), collection(features).values())
+
+
+@pytest.mark.parametrize("value", [26, 5000, -1])
+@pytest.mark.parametrize("name", ["full", "hashing", "pruned"])
+def test_ids_that_do_not_exist_are_refused_however_the_model_was_trained(
+    name: str, value: int, tmp_path: Path
+) -> None:
+    tables = [table("a", 26), table("b", 90)]
+    plan = CompressionPlan(
+        {each.name: table_plan(each.num_embeddings, 8, "rows", 0.6, 0) for each in tables}, source="by hand"
+    )
+    method = partial(Pruned, plan=plan) if name == "pruned" else quarter_sized(name)
+    trained = dlrm(CompressedEmbeddingBagCollection(tables, method, check_ids=False))
+    by_hand = CompressedEmbeddingBagCollection(tables, method)
+    wrong = bags(["a", "b"], [[[25], [value]], [[89], [0]]])
+    with pytest.raises(ValueError) as expected:
+        by_hand(wrong)
+    assert f"(table 't_a'): ids must be in [0, 26), got {value}" in str(expected.value)
+    folder = save(convert(trained), tmp_path / "saved")
+    with pytest.raises(ValueError) as refused:
+        load(folder)(torch.zeros(2, 3), wrong)
+    assert str(refused.value) == str(expected.value)
+    right = bags(["a", "b"], [[[25], [0]], [[89], [0]]])
+    checked, unchecked = load(folder), load(folder, check_ids=False)
+    assert torch.equal(checked(torch.zeros(2, 3), right), unchecked(torch.zeros(2, 3), right))
+    assert not unchecked.embeddings.checks_ids()
+
+
+def test_sequences_of_loaded_models_are_checked_too(tmp_path: Path) -> None:
+    tables = [EmbeddingConfig(name="t_item", num_embeddings=6, embedding_dim=8, feature_names=["item", "past"])]
+    folder = save(CompressedEmbeddingCollection(tables, Full, check_ids=False), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"'past' \(table 't_item'\): ids must be in \[0, 6\), got 6 in sample 1"):
+        load(folder)(bags(["item", "past"], [[[5], [0]], [[], [1, 6]]]))
+
+
+def test_any_64_bit_hash_is_an_id_of_an_unbounded_table(tmp_path: Path) -> None:
+    collection = CompressedEmbeddingBagCollection([table("a", UNBOUNDED)], partial(Unified, num_embeddings=50))
+    loaded = load(save(collection, tmp_path / "saved"))
+    features = bags(["a"], [[[2**63 - 1], [0]]])
+    assert torch.equal(loaded(features).values(), collection(features).values())
+    with pytest.raises(ValueError, match=r"'a' \(table 't_a'\): ids must be in .*, got -1"):
+        loaded(bags(["a"], [[[0], [-1]]]))
 
 
 @pytest.mark.parametrize("kind", ["rows", "values", "blocks", "none"])
