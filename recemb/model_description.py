@@ -62,7 +62,9 @@ def build(description: Mapping[str, Any], *, check_ids: bool = True) -> nn.Modul
     if issubclass(cls, _COLLECTIONS):
         return _build_collection(cls, description, check_ids)
     arguments = {
-        name: build(value[MODULE], check_ids=check_ids) if isinstance(value, dict) and MODULE in value else decode(value)
+        name: build(value[MODULE], check_ids=check_ids)
+        if isinstance(value, dict) and MODULE in value
+        else decode(value)
         for name, value in description["arguments"].items()
     }
     return cls(**arguments)

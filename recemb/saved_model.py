@@ -88,7 +88,9 @@ def save(model: nn.Module, path: str | Path, *, manifest: Manifest | None = None
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", *, check_ids: bool = True) -> nn.Module:
-    """The model in a folder that ``save`` wrote, in eval mode.
+    """The model in a folder that ``save`` wrote, in eval mode and without gradients.
+
+    To train it on: ``model.train().requires_grad_(True)``, then ``recemb.prepare``. Packed tables stay as they are.
 
     Args:
         path: the folder; it may have been moved.
@@ -114,7 +116,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, check_ids: boo
     _fill(model, tensors)
     for name, collection in collections_of(model).items():
         check_vectors(collection, content["golden"][name])
-    return model.to(device).eval()
+    return model.to(device).eval().requires_grad_(False)
 
 
 def read_description(path: str | Path) -> dict[str, Any]:

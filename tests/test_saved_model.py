@@ -153,6 +153,32 @@ def test_a_sequence_model_comes_back_bit_for_bit(name: str, tmp_path: Path) -> N
     assert torch.equal(load(save(convert(model), tmp_path / "saved"))(dense, features), expected)
 
 
+@pytest.mark.parametrize("name", ["unified", "full", "deep_hash", "pruned"])
+def test_predictions_of_a_loaded_model_keep_no_graph(name: str, tmp_path: Path) -> None:
+    method = partial(Pruned, plan=pruned_plan("rows")) if name == "pruned" else quarter_sized(name)
+    loaded = load(save(convert(dlrm(CompressedEmbeddingBagCollection(small_tables(), method))), tmp_path / "saved"))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    for ids in (MULTI_HOT, SINGLE):
+        logits = loaded(torch.zeros(3, 3), bags(KEYS, ids))
+        assert logits.grad_fn is None and not logits.requires_grad
+
+
+@pytest.mark.parametrize("name", ["unified", "full", "mixed_dimension"])
+def test_a_loaded_model_trains_on_where_it_is_told_to(name: str, tmp_path: Path) -> None:
+    model = dlrm(CompressedEmbeddingBagCollection(small_tables(), quarter_sized(name)))
+    loaded = load(save(model, tmp_path / "saved")).train().requires_grad_(True)
+    states = []
+    for each in (model, loaded):
+        trained, optimizer = prepare(each, EmbeddingOptimizer("sgd", 0.1), partial(torch.optim.SGD, lr=0.1))
+        before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+        trained(torch.ones(3, 3), bags(KEYS, MULTI_HOT)).sum().backward()
+        optimizer.step()
+        states.append(trained.state_dict())
+        assert not torch.equal(states[-1]["head.over.0.weight"], before["head.over.0.weight"])
+    for key, tensor in states[0].items():
+        assert torch.equal(states[1][key], tensor), key
+
+
 def test_mixed_methods_and_tables_below_a_size_keep_their_groups(tmp_path: Path) -> None:
     methods = {"t_ad": partial(Unified, num_embeddings=300), "*": partial(Pruned, plan=pruned_plan("rows"))}
     collection = CompressedEmbeddingBagCollection(small_tables(), methods, full_below_rows=100)
@@ -173,9 +199,7 @@ def test_weighted_collections_come_back_weighted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [26, 5000, -1])
 @pytest.mark.parametrize("name", ["full", "hashing", "pruned"])
-def test_ids_that_do_not_exist_are_refused_however_the_model_was_trained(
-    name: str, value: int, tmp_path: Path
-) -> None:
+def test_ids_that_do_not_exist_are_refused_however_the_model_was_trained(name: str, value: int, tmp_path: Path) -> None:
     tables = [table("a", 26), table("b", 90)]
     plan = CompressionPlan(
         {each.name: table_plan(each.num_embeddings, 8, "rows", 0.6, 0) for each in tables}, source="by hand"
