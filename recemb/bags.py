@@ -12,6 +12,17 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 
+def one_empty_sample(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """A batch of no samples as one of empty bags: neither TorchRec nor its kernels have a batch of none."""
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
+        lengths=torch.zeros(len(features.keys()), dtype=torch.int32, device=features.values().device),
+        stride=1,
+    )
+
+
 @dataclass(frozen=True)
 class Bags:
     """Ids of F features for B samples.

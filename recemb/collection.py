@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from recemb.bags import one_empty_sample
 from recemb.id_checks import IdChecks
 from recemb.method import UNBOUNDED, CompressedTables, Method, method_class
 from recemb.methods.full import Full
@@ -131,12 +132,16 @@ class CompressedEmbeddingBagCollection(nn.Module):
         embedding_dims) float32.
 
         Args:
-            features: int64 ids under at least the keys of the tables, in any order.
+            features: int64 ids under at least the keys of the tables, in any order; a batch may have no samples.
 
         Raises:
             ValueError: a key is missing, ids are not int64 or int32, or outside [0, num_embeddings), weights are
                 missing, or came for tables that were built without.
         """
+        if features.stride() == 0:
+            # Through the tables all the same: where they are sharded, the other ranks wait for this one.
+            pooled = self(one_empty_sample(features))
+            return KeyedTensor(pooled.keys(), pooled.length_per_key(), pooled.values()[:0])
         if (features.weights_or_none() is not None) != self._is_weighted:
             came = "none" if self._is_weighted else "some"
             raise ValueError(f"KeyedJaggedTensor: weights must come exactly where is_weighted, got {came}")
@@ -229,6 +234,11 @@ class CompressedEmbeddingCollection(nn.Module):
         Raises:
             ValueError: as ``CompressedEmbeddingBagCollection.forward``.
         """
+        if features.stride() == 0:
+            return {
+                name: JaggedTensor(bags.values(), lengths=bags.lengths()[:0], offsets=bags.offsets()[:1])
+                for name, bags in self(one_empty_sample(features)).items()
+            }
         features = select_keys(features, self._keys, self._feature_names)
         if self._ids is not None:
             self._ids.check(features)

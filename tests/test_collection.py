@@ -12,7 +12,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
-from recemb.method import UNBOUNDED
+from recemb.method import UNBOUNDED, Method
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
@@ -144,6 +144,18 @@ def test_tables_choose_their_method_by_name_pattern() -> None:
     torch.testing.assert_close(output["history"][0], weight[torch.tensor([1, 1, 5999, 4])].mean(dim=0))
     with pytest.raises(ValueError, match=r"'t_ad': no pattern of .* matches"):
         CompressedEmbeddingBagCollection(small_tables(), {"t_item": Full})
+
+
+@pytest.mark.parametrize("method", [Full, partial(Unified, num_embeddings=10)])
+def test_a_weighted_batch_of_no_samples_gives_no_rows(method: Method) -> None:
+    collection = CompressedEmbeddingBagCollection([table("a", 5), table("b", 5)], method, is_weighted=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    weighted = KeyedJaggedTensor(["a", "b"], none, weights=torch.zeros(0), lengths=none)
+    assert collection(weighted).values().shape == (0, 16)
+    with pytest.raises(ValueError, match="weights must come exactly where is_weighted"):
+        collection(KeyedJaggedTensor(["a", "b"], none, lengths=none))
+    with pytest.raises(ValueError, match=r"keys \['b'\] are required"):
+        collection(KeyedJaggedTensor(["a"], none, weights=torch.zeros(0), lengths=none))
 
 
 def test_checks_can_be_switched_off_where_ids_are_hashed() -> None:

@@ -75,6 +75,22 @@ def test_batches_equal_a_plain_loop_over_ids(method: Method, ids: list[list[list
     torch.testing.assert_close(output, pool_plainly(vectors, ids, MEANS), rtol=1e-5, atol=1e-6)
 
 
+def test_a_batch_of_no_samples_gives_no_rows_and_moves_nothing(method: Method) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    expected = torch.cat([nn.EmbeddingBag(9, 8, mode="sum")(none, none) for _ in KEYS], dim=1)
+    for features in (bags(KEYS, [[]] * 5), bags(["other", *reversed(KEYS)], [[]] * 6)):
+        fused, optimizer = prepare(build(method), EmbeddingOptimizer("sgd", 0.1), DENSE)
+        before = copy.deepcopy(fused.state_dict())
+        output = fused(features)
+        assert output.keys() == KEYS and output.length_per_key() == [8] * 5
+        assert torch.equal(output.values(), expected) and output.values().dtype == expected.dtype
+        output.values().sum().backward()
+        optimizer.step()
+        for name, tensor in fused.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert torch.equal(convert(fused.eval())(features).values(), expected)
+
+
 def one_vector(collection: CompressedEmbeddingBagCollection, key: str, value: int) -> torch.Tensor:
     """The vector of one id, alone in its batch: every other bag is empty."""
     features = bags(KEYS, [[[value] if name == key else []] for name in KEYS])

@@ -57,6 +57,15 @@ def test_vectors_are_those_of_single_ids(method: Method, ids: list[list[list[int
             torch.testing.assert_close(alone[0], vector)
 
 
+def test_a_batch_of_no_samples_gives_no_vectors(method: Method) -> None:
+    for features in (bags(KEYS, [[]] * 5), bags(["other", *reversed(KEYS)], [[]] * 6)):
+        output = CompressedEmbeddingCollection(TABLES, method)(features)
+        assert list(output) == KEYS
+        for vectors in output.values():
+            assert vectors.values().shape == (0, 8) and vectors.values().dtype == torch.float32
+            assert vectors.lengths().tolist() == [] and vectors.offsets().tolist() == [0]
+
+
 def test_target_and_history_share_rows_and_train_fused(method: Method) -> None:
     collection = CompressedEmbeddingCollection(TABLES, method)
     model, optimizer = prepare(collection, EmbeddingOptimizer("sgd", 0.1), partial(torch.optim.SGD, lr=0.1))
