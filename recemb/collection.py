@@ -350,9 +350,9 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"table {table.name!r}: table names must not hold '.' or '@' (state-dict keys of TorchRec)"
             )
-        if table.num_embeddings > UNBOUNDED:
+        if not 1 <= table.num_embeddings <= UNBOUNDED:
             raise ValueError(
-                f"table {table.name!r}: num_embeddings must be at most {UNBOUNDED} (64-bit hashes), "
+                f"table {table.name!r}: num_embeddings must be at most {UNBOUNDED} (64-bit hashes) and at least 1, "
                 f"got {table.num_embeddings}"
             )
         if table.embedding_dim < 4 or table.embedding_dim % 4:

@@ -124,8 +124,21 @@ class CompressedTables(nn.Module):
     def embed_each(self, bags: Bags) -> Tensor:
         """``embed``, id by id; with ``merges_ids`` it gets distinct ones, never in the ``single`` layout on CPU."""
         slots = self.remap(bags)
+        if (came := _nesting(slots)) != (wanted := [["Tensor"] * len(group) for group in self.physical_tables]):
+            raise ValueError(
+                f"{type(self).__name__}.remap must return {wanted}: a list for each group of lookups, in it the slots "
+                f"of each of its tables; got {came}"
+            )
         rows = [self.lookup_rows(index, group) for index, group in enumerate(slots)]
-        return self.compose(rows, bags)
+        return self.composed(rows, bags, bags.ids.numel())
+
+    def composed(self, rows: list[list[Tensor]], bags: Bags, num_vectors: int) -> Tensor:
+        """``compose`` with its shape checked, which no layer after it would notice; rows may be sums over bags."""
+        vectors = self.compose(rows, bags)
+        if vectors.shape != (wanted := (num_vectors, self.tables[0].embedding_dim)):
+            got = tuple(vectors.shape)
+            raise ValueError(f"{type(self).__name__}.compose must return shape {wanted} (N, embedding_dim), got {got}")
+        return vectors
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """(B, sum of embedding_dims over features) float32; features in ``feature_names`` order."""
@@ -304,6 +317,12 @@ class CompressedTables(nn.Module):
 
     def _dims(self, index: int) -> list[int]:
         return [config.embedding_dim for config in self.physical_tables[index]]
+
+
+def _nesting(slots: object) -> object:
+    if isinstance(slots, list | tuple):
+        return [_nesting(item) for item in slots]
+    return "Tensor" if isinstance(slots, Tensor) else type(slots).__name__
 
 
 @contextmanager

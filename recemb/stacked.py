@@ -172,7 +172,7 @@ def forward_linear(method: CompressedTables, bags: Bags, mean: Tensor | None) ->
     lengths = bags.lengths.view(-1)
     sums = method.lookup_bags(0, slots, bag_offsets(lengths, len(slots)), lengths.numel())
     rows = list(sums.split([config.embedding_dim for config in method.physical_tables[0]], dim=1))
-    return bags.lay_out(method.compose([rows], bags), mean)
+    return bags.lay_out(method.composed([rows], bags, lengths.numel()), mean)
 
 
 @torch.no_grad()

@@ -6,18 +6,38 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.bags import Bags
 from recemb.collection import CompressedEmbeddingBagCollection, compressed_groups
-from recemb.method import UNBOUNDED, Method
+from recemb.method import UNBOUNDED, CompressedTables, Method, physical_table
 from recemb.methods.full import Full
+from recemb.methods.hashing import Hashing
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
 from tests.embedding_cases import BIG, KEYS, MULTI_HOT, SINGLE, bags, small_tables, table
+
+# TorchRec divides by the number of rows unless it is told how to fill them.
+EMPTY = EmbeddingBagConfig(
+    name="t_a", num_embeddings=0, embedding_dim=8, feature_names=["a"], init_fn=torch.nn.init.zeros_
+)
+
+
+class TwoLookups(CompressedTables):
+    """Two tables that are looked up together and one by itself, each 4 wide: for what methods get wrong."""
+
+    def __init__(self, tables: list[EmbeddingBagConfig]) -> None:
+        together = [physical_table(name, 7, 4, 0.1) for name in ("first", "second")]
+        super().__init__(tables, [together, [physical_table("third", 7, 4, 0.1)]])
+
+    def remap(self, bags: Bags) -> list[list[Tensor]]:
+        slots = bags.ids % 7
+        return [[slots, slots], [slots]]
 
 
 @pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
@@ -119,6 +139,7 @@ def test_float_ids_and_missing_keys_are_refused() -> None:
         ([table("a.b", 5)], "must not hold '.' or '@'"),
         ([table("a", 5, dim=6)], "embedding_dim must be a multiple of 4 .*, got 6"),
         ([table("a", 2**63)], "num_embeddings must be at most 9223372036854775807"),
+        ([EMPTY], "'t_a': num_embeddings must be .* at least 1, got 0"),
         ([table("a", 5, features=["a", "a"])], "'t_a': features must be named once"),
         ([table("a", UNBOUNDED)], "unbounded .hashed. ids, which Full cannot take"),
     ],
@@ -126,6 +147,41 @@ def test_float_ids_and_missing_keys_are_refused() -> None:
 def test_tables_are_checked_at_construction(tables: list[EmbeddingBagConfig], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CompressedEmbeddingBagCollection(tables, Full)
+
+
+@pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
+@pytest.mark.parametrize("chosen", [slice(0, 1), slice(0, 3)], ids=["too narrow", "too wide"])
+def test_vectors_of_another_width_are_refused_naming_the_method(chosen: slice, ids: list[list[list[int]]]) -> None:
+    class Parts(TwoLookups):
+        def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
+            return torch.cat([*rows[0], *rows[1]][chosen], dim=1)
+
+    shape = r"shape \(\d+, 8\) \(N, embedding_dim\), got \(\d+, (4|12)\)"
+    with pytest.raises(ValueError, match=rf"Parts.compose must return {shape}"):
+        CompressedEmbeddingBagCollection(small_tables(), Parts)(bags(KEYS, ids))
+
+
+def test_pooled_vectors_of_another_width_are_refused_naming_the_method() -> None:
+    class Doubled(Hashing):
+        def compose(self, rows: list[list[Tensor]], bags: Bags) -> Tensor:
+            return torch.cat([super().compose(rows, bags)] * 2, dim=1)
+
+    collection = CompressedEmbeddingBagCollection(small_tables(), partial(Doubled, num_embeddings=90))
+    # 5 features of 3 bags: the kernel has summed already.
+    with pytest.raises(ValueError, match=r"Doubled.compose must return shape \(15, 8\) .*, got \(15, 16\)"):
+        collection(bags(KEYS, MULTI_HOT))
+
+
+@pytest.mark.parametrize("wrong", ["flat", "a table short", "a tensor"])
+def test_slots_that_are_not_nested_as_the_lookups_are_refused(wrong: str) -> None:
+    class Unnested(TwoLookups):
+        def remap(self, bags: Bags) -> list[list[Tensor]]:
+            [[first, second], [third]] = super().remap(bags)
+            return {"flat": [first, second, third], "a table short": [[first], [third]], "a tensor": first}[wrong]
+
+    wanted = r"\[\['Tensor', 'Tensor'\], \['Tensor'\]\]: a list for each group of lookups"
+    with pytest.raises(ValueError, match=rf"Unnested.remap must return {wanted}.*; got "):
+        CompressedEmbeddingBagCollection(small_tables(), Unnested)(bags(KEYS, SINGLE))
 
 
 def test_tables_choose_their_method_by_name_pattern() -> None:
