@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 TARGET = "_target_"
-# In place of a module: the name of the attribute that holds it.
+# In place of a module: the path to it inside the one that was built with it.
 MODULE = "_module_"
 
 Init = TypeVar("Init", bound=Callable[..., None])
@@ -32,8 +32,9 @@ class Unwritable:
 def remember_arguments(init: Init) -> Init:
     """Decorates ``__init__`` of a module class: ``recemb.save`` then knows how to build it again.
 
-    The arguments of the outermost ``__init__`` are kept as JSON data in ``module.remembered_arguments``. One that is a
-    module must be held by the attribute of its name. Arguments that JSON cannot hold are refused only when saved.
+    The arguments of the outermost ``__init__`` are kept as JSON data in ``module.remembered_arguments``, those that are
+    modules as where they lie inside the new one: a class of another library can be saved as a subclass whose
+    ``__init__`` is decorated. Arguments that JSON cannot hold are refused only when saved.
 
     Example:
         >>> class Tower(nn.Module):
@@ -48,18 +49,23 @@ def remember_arguments(init: Init) -> Init:
 
     @functools.wraps(init)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if "remembered_arguments" not in self.__dict__:
-            try:
-                bound = signature.bind(self, *args, **kwargs).arguments
-            except TypeError:
-                # For its own error.
-                init(self, *args, **kwargs)
-                raise
-            first = next(iter(signature.parameters))
-            remembered = {name: _remembered(name, value) for name, value in bound.items() if name != first}
-            # Not through nn.Module, which is not initialised yet.
-            object.__setattr__(self, "remembered_arguments", remembered)
+        if "remembered_arguments" in self.__dict__:
+            init(self, *args, **kwargs)
+            return
+        try:
+            bound = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:
+            # For its own error.
+            init(self, *args, **kwargs)
+            raise
+        del bound[next(iter(signature.parameters))]
+        remembered = {name: _remembered(name, value) for name, value in bound.items()}
+        # Not through nn.Module, which is not initialised yet.
+        object.__setattr__(self, "remembered_arguments", remembered)
         init(self, *args, **kwargs)
+        if modules := {name: value for name, value in bound.items() if isinstance(value, nn.Module)}:
+            paths = {module: path for path, module in self.named_modules()}
+            remembered.update({name: {MODULE: paths.get(value, name)} for name, value in modules.items()})
 
     return wrapper  # type: ignore[return-value]
 

@@ -38,11 +38,11 @@ def describe(model: nn.Module) -> dict[str, Any]:
         return _describe_collection(model)
     arguments = _arguments(model)
     modules = {name: value[MODULE] for name, value in arguments.items() if isinstance(value, dict) and MODULE in value}
-    for name, attribute in modules.items():
-        module = getattr(model, attribute, None)
-        if not isinstance(module, nn.Module):
-            raise ValueError(f"{type(model).__name__} must hold its argument {name!r} as an attribute of that name")
-        arguments[name] = {MODULE: describe(module)}
+    held = dict(model.named_modules())
+    for name, path in modules.items():
+        if path not in held:
+            raise ValueError(f"{type(model).__name__} must hold its argument {name!r}, a module, at {path!r}")
+        arguments[name] = {MODULE: describe(held[path])}
     return {TARGET: class_path(type(model)), "arguments": arguments}
 
 
@@ -151,9 +151,14 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     """
     found = getattr(module, "remembered_arguments", None)
     if found is None:
+        name, paths = type(module).__name__, list(collections_of(module))
+        parts = (
+            f". Or save its collections, recemb.save(model.get_submodule(path), ...) for path in {paths}, and "
+            "model.state_dict() for the rest"
+        )
         raise ValueError(
-            f"{type(module).__name__} must remember what it was built with to be saved: decorate its __init__ with "
-            "recemb.arguments.remember_arguments"
+            f"{name} must remember what it was built with to be saved whole: decorate its __init__ with "
+            f"recemb.arguments.remember_arguments, that of a subclass where {name} is not your own{parts if paths else ''}"
         )
     for name, value in found.items():
         if isinstance(value, Unwritable) and name != "tables":

@@ -41,8 +41,9 @@ def save(model: nn.Module, path: str | Path, *, manifest: Manifest | None = None
     Convert a model whose tables were pruned first (``recemb.convert``); ``python -m recemb.export`` does all of it.
 
     Args:
-        model: a model of ``recemb.models`` (or of your own, see ``recemb.arguments.remember_arguments``) over recemb's
-            collections, or a collection; before or after ``recemb.prepare``, not sharded over ranks.
+        model: a model of ``recemb.models`` over recemb's collections, or a collection; a model of another class if it,
+            or a subclass, remembers its arguments (``recemb.arguments.remember_arguments``). Before or after
+            ``recemb.prepare``, not sharded over ranks.
         path: folder to make; must not exist, or be empty.
         manifest: the encoded data set whose ids the model takes. Its features and the checksums of its vocabularies are
             written down, so that ids of another vocabulary can be told (``recemb.vocabulary_reference``).

@@ -37,6 +37,18 @@ def test_the_outermost_constructor_counts() -> None:
     assert "widths" not in TallTower(nn.Linear(1, 1), height=3).remembered_arguments
 
 
+class Deep(nn.Module):
+    @remember_arguments
+    def __init__(self, embeddings: nn.Module, other: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Tower(embeddings, widths=[1])])
+
+
+def test_modules_are_remembered_where_they_lie() -> None:
+    remembered = Deep(nn.Linear(1, 1), nn.Linear(1, 1)).remembered_arguments
+    assert remembered == {"embeddings": {"_module_": "inner.0.embeddings"}, "other": {"_module_": "other"}}
+
+
 def test_later_changes_of_an_argument_are_not_seen() -> None:
     widths = [4, 2]
     tower = Tower(nn.Linear(1, 1), widths=widths)

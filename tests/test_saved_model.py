@@ -18,9 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchrec.models.dlrm import DLRM as TorchRecDLRM
 from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+import recemb
 from recemb import golden, saved_model
+from recemb.arguments import remember_arguments
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
 from recemb.conversion import convert
 from recemb.data.manifest import checksum
@@ -397,6 +401,62 @@ def test_forms_that_train_are_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_models_that_remember_nothing_are_refused_with_what_to_do(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"decorate its __init__ with recemb.arguments.remember_arguments"):
         save(nn.Sequential(load(saved)), tmp_path / "saved")
+
+
+class SavedDLRM(TorchRecDLRM):
+    """As anybody would make a class of another library one that can be saved."""
+
+    @remember_arguments
+    def __init__(
+        self,
+        embedding_bag_collection: nn.Module,
+        dense_in_features: int,
+        dense_arch_layer_sizes: list[int],
+        over_arch_layer_sizes: list[int],
+    ) -> None:
+        super().__init__(embedding_bag_collection, dense_in_features, dense_arch_layer_sizes, over_arch_layer_sizes)
+
+
+def trained_in_place(cls: type[TorchRecDLRM]) -> nn.Module:
+    """A model of TorchRec that existed before its tables were compressed and trained."""
+    model = cls(EmbeddingBagCollection(tables=small_tables()), 3, [16, 8], [16, 1])
+    recemb.compress_(model, {"t_ad": partial(Unified, num_embeddings=300), "*": Full})
+    model, optimizer = prepare(model, EmbeddingOptimizer("sgd", 0.1), partial(torch.optim.SGD, lr=0.1))
+    model(torch.ones(3, 3), bags(KEYS, MULTI_HOT)).sum().backward()
+    optimizer.step()
+    return model.eval()
+
+
+def test_a_model_of_another_library_is_saved_whole_as_a_subclass_that_remembers(tmp_path: Path) -> None:
+    model = trained_in_place(SavedDLRM)
+    loaded = load(save(model, tmp_path / "saved"))
+    assert type(loaded) is SavedDLRM
+    for ids in (MULTI_HOT, SINGLE):
+        assert torch.equal(loaded(torch.ones(3, 3), bags(KEYS, ids)), model(torch.ones(3, 3), bags(KEYS, ids)))
+
+
+def test_a_model_of_another_library_is_saved_in_parts_as_its_error_says(tmp_path: Path) -> None:
+    model = trained_in_place(TorchRecDLRM)
+    with pytest.raises(ValueError) as refused:
+        save(model, tmp_path / "saved")
+    path = "sparse_arch.embedding_bag_collection"
+    assert f"recemb.save(model.get_submodule(path), ...) for path in ['{path}']" in str(refused.value)
+    assert "model.state_dict() for the rest" in str(refused.value)
+    save(model.get_submodule(path), tmp_path / "tables")
+    torch.save(model.state_dict(), tmp_path / "rest.pt")
+    again = TorchRecDLRM(load(tmp_path / "tables"), 3, [16, 8], [16, 1]).eval()
+    again.load_state_dict(torch.load(tmp_path / "rest.pt", weights_only=True))
+    assert torch.equal(again(torch.ones(3, 3), bags(KEYS, MULTI_HOT)), model(torch.ones(3, 3), bags(KEYS, MULTI_HOT)))
+
+
+def test_a_module_that_is_not_held_cannot_be_saved(tmp_path: Path) -> None:
+    class Forgetful(nn.Module):
+        @remember_arguments
+        def __init__(self, tables: nn.Module) -> None:
+            super().__init__()
+
+    with pytest.raises(ValueError, match="Forgetful must hold its argument 'tables', a module, at 'tables'"):
+        save(Forgetful(nn.Linear(1, 1)), tmp_path / "saved")
 
 
 def test_a_failed_write_leaves_nothing_that_loads(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
