@@ -152,14 +152,16 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     found = getattr(module, "remembered_arguments", None)
     if found is None:
         name, paths = type(module).__name__, list(collections_of(module))
-        parts = (
-            f". Or save its collections, recemb.save(model.get_submodule(path), ...) for path in {paths}, and "
-            "model.state_dict() for the rest"
-        )
-        raise ValueError(
+        message = (
             f"{name} must remember what it was built with to be saved whole: decorate its __init__ with "
-            f"recemb.arguments.remember_arguments, that of a subclass where {name} is not your own{parts if paths else ''}"
+            f"recemb.arguments.remember_arguments, that of a subclass where {name} is not your own"
         )
+        if paths:
+            message += (
+                f"; or save its collections, recemb.save(model.get_submodule(path), ...) for path in {paths}, and "
+                "model.state_dict() for the rest"
+            )
+        raise ValueError(message)
     for name, value in found.items():
         if isinstance(value, Unwritable) and name != "tables":
             raise ValueError(

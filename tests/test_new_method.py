@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from tests.data.encoded import write_encoded
@@ -33,18 +35,27 @@ class LastDigits(CompressedTables):
         return rows[0][0]
 '''
 
-CONFIG = """
-embedding_dim: 8
-budget: 5x
-full_below_rows: 0
-method: {_target_: mine.LastDigits, _partial_: true}
-"""
+
+def printed_config() -> str:
+    """The config that the README prints, of the method above and at another width and budget."""
+    [block] = re.findall(
+        r"`configs/embedding/mymethod\.yaml`.*?\n\n(.*?)\n\n", (CHECKOUT / "README.md").read_text(), re.S
+    )
+    config = textwrap.dedent(block)
+    for printed, ours in (
+        ("embedding_dim: 16", "embedding_dim: 8"),
+        ("budget: 10x", "budget: 5x"),
+        ("recemb.methods.mymethod.MyMethod", "mine.LastDigits"),
+    ):
+        assert config.count(printed) == 1
+        config = config.replace(printed, ours)
+    return config
 
 
 def test_a_method_needs_one_file_and_one_config_and_no_other_edit(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(METHOD)
     (tmp_path / "configs" / "embedding").mkdir(parents=True)
-    (tmp_path / "configs" / "embedding" / "last_digits.yaml").write_text(CONFIG)
+    (tmp_path / "configs" / "embedding" / "last_digits.yaml").write_text(printed_config())
     write_encoded(tmp_path / "encoded", rows=2000)
     run = tmp_path / "run"
     command = [sys.executable, "-m", "recemb.train", "--config-dir", "configs", "data=parquet", "data.path=encoded"]
