@@ -19,7 +19,7 @@ def open_data_set(config: DataConfig) -> Manifest:
     Raises:
         FileNotFoundError: nothing at ``data.path`` and ``data.allow_synthetic`` is false, or a raw log instead of a
             prepared one, or a listed file missing.
-        ValueError: files that do not match the manifest.
+        ValueError: no ``data.path`` where one has to be given, or files that do not match the manifest.
     """
     if config.path is not None and Path(config.path).exists():
         path = Path(config.path)
@@ -29,6 +29,11 @@ def open_data_set(config: DataConfig) -> Manifest:
                 f"python -m data_pipelines.criteo (or {_OTHERS}) {path} --out DIR, then data.path=DIR"
             )
         manifest = Manifest.load(path)
+    elif config.path is None and not config.allow_synthetic:
+        raise ValueError(
+            "data.path=DIR is required: the folder of a log that was prepared with python -m data_pipelines.criteo "
+            f"(or {_OTHERS}) RAW... --out DIR"
+        )
     elif not config.allow_synthetic:
         raise FileNotFoundError(
             f"data.path={config.path}: no such folder, and data.allow_synthetic is false. Prepare a log with "

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_pipelines import synthetic
-from recemb.config import DataConfig, SyntheticConfig
+from recemb.comparison.cells import composed
+from recemb.config import DataConfig, SyntheticConfig, TrainConfig
 from recemb.data_source import open_data_set
 from tests.data.encoded import write_encoded
 
@@ -53,6 +54,14 @@ def test_asked_for_by_name_the_synthetic_log_is_nothing_to_be_loud_about(tmp_pat
 def test_absence_is_an_error_where_synthetic_is_not_allowed(tmp_path, prepared):
     with pytest.raises(FileNotFoundError, match=r"log: no such folder, and data\.allow_synthetic is false"):
         open_data_set(config(tmp_path, "log", allow_synthetic=False))
+    assert not prepared
+
+
+def test_the_config_of_any_log_has_no_path_of_its_own_and_without_one_nothing_is_opened(prepared):
+    content = composed(["data=parquet", "paths.run=run"])
+    assert content["data"]["path"] is None
+    with pytest.raises(ValueError, match=r"data\.path=DIR is required: the folder of a log that was prepared with"):
+        open_data_set(TrainConfig.parse(content).data)
     assert not prepared
 
 
