@@ -44,8 +44,9 @@ class DataConfig:
     """The encoded data set.
 
     Args:
-        path: folder with manifest.json; None: the synthetic log.
-        allow_synthetic: make (or reuse) the synthetic log where nothing lies at ``path``; False makes that an error.
+        path: folder with manifest.json; None: the synthetic log, or an error where that is not allowed.
+        allow_synthetic: make (or reuse) the synthetic log where nothing lies at ``path``: True, always; False, never,
+            that is an error; a path, where ``path`` is that one, so that a mistyped one is an error.
         synthetic: the synthetic log.
         shuffle: draw train rows in another order each epoch.
         verify_checksums: read every byte before training and compare with the manifest; about 1 GB a second.
@@ -54,7 +55,7 @@ class DataConfig:
     """
 
     path: str | None
-    allow_synthetic: bool
+    allow_synthetic: bool | str
     synthetic: SyntheticConfig
     shuffle: bool
     verify_checksums: bool

@@ -17,8 +17,8 @@ def open_data_set(config: DataConfig) -> Manifest:
     """The manifest of the data set to train on, verified; a synthetic log is made or reused where the config allows it.
 
     Raises:
-        FileNotFoundError: nothing at ``data.path`` and ``data.allow_synthetic`` is false, or a raw log instead of a
-            prepared one, or a listed file missing.
+        FileNotFoundError: nothing at ``data.path`` and ``data.allow_synthetic`` is false or another path, or a raw log
+            instead of a prepared one, or a listed file missing.
         ValueError: no ``data.path`` where one has to be given, or files that do not match the manifest.
     """
     if config.path is not None and Path(config.path).exists():
@@ -29,20 +29,30 @@ def open_data_set(config: DataConfig) -> Manifest:
                 f"python -m data_pipelines.criteo (or {_OTHERS}) {path} --out DIR, then data.path=DIR"
             )
         manifest = Manifest.load(path)
-    elif config.path is None and not config.allow_synthetic:
+    elif _may_stand_in(config):
+        manifest = _synthetic(config)
+    elif config.path is None:
         raise ValueError(
             "data.path=DIR is required: the folder of a log that was prepared with python -m data_pipelines.criteo "
             f"(or {_OTHERS}) RAW... --out DIR"
         )
-    elif not config.allow_synthetic:
+    else:
+        why = "is false" if not config.allow_synthetic else f"is {config.allow_synthetic}, not this path (true: any)"
         raise FileNotFoundError(
-            f"data.path={config.path}: no such folder, and data.allow_synthetic is false. Prepare a log with "
+            f"data.path={config.path}: no such folder, and data.allow_synthetic {why}. Prepare a log with "
             f"python -m data_pipelines.criteo (or {_OTHERS}) RAW... --out DIR, then data.path=DIR"
         )
-    else:
-        manifest = _synthetic(config)
     manifest.verify(checksums=config.verify_checksums)
     return manifest
+
+
+def _may_stand_in(config: DataConfig) -> bool:
+    """Whether the synthetic log may, for want of one at ``data.path``."""
+    allowed = config.allow_synthetic
+    if isinstance(allowed, bool) or config.path is None:
+        return bool(allowed)
+    # Resolved, because an entry point may have made one of them absolute.
+    return Path(allowed).resolve() == Path(config.path).resolve()
 
 
 def _synthetic(config: DataConfig) -> Manifest:

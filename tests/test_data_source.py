@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines import synthetic
+from data_pipelines import behaviour, synthetic
 from recemb.comparison.cells import composed
 from recemb.config import DataConfig, SyntheticConfig, TrainConfig
+from recemb.data.manifest import Manifest
 from recemb.data_source import open_data_set
+from recemb.training.resume import config_to_train
 from tests.data.encoded import write_encoded
 
 
@@ -55,6 +57,33 @@ def test_absence_is_an_error_where_synthetic_is_not_allowed(tmp_path, prepared):
     with pytest.raises(FileNotFoundError, match=r"log: no such folder, and data\.allow_synthetic is false"):
         open_data_set(config(tmp_path, "log", allow_synthetic=False))
     assert not prepared
+
+
+@pytest.mark.parametrize("group", ["criteo", "movielens"])
+def test_the_stand_in_is_for_the_path_of_the_config_and_not_for_a_mistyped_one(group, tmp_path, monkeypatch, prepared):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(behaviour, "prepare_behaviour", synthetic.prepare_synthetic)
+
+    def opened(*overrides: str) -> Manifest:
+        content = composed([f"data={group}", "paths.run=run", *overrides])
+        # As the entry points do, which make data.path absolute.
+        return open_data_set(TrainConfig.parse(config_to_train(content, [])).data)
+
+    assert opened().root.is_relative_to(tmp_path / "data")
+    assert opened("paths.data=elsewhere").root.is_relative_to(tmp_path / "elsewhere")
+    assert opened("data.path=critoe", "data.allow_synthetic=true").root.is_relative_to(tmp_path / "data")
+    made = len(prepared)
+    with pytest.raises(FileNotFoundError, match=rf"critoe: no such folder, .*allow_synthetic is data/{group}, not"):
+        opened("data.path=critoe")
+    with pytest.raises(FileNotFoundError, match=r"no such folder, and data\.allow_synthetic is false"):
+        opened("data.allow_synthetic=false")
+    assert len(prepared) == made == 3
+
+
+@pytest.mark.parametrize("group", ["synthetic", "behaviour"])
+def test_a_synthetic_log_that_was_asked_for_by_name_stands_in_for_any_path(group):
+    data = TrainConfig.parse(composed([f"data={group}", "paths.run=run"])).data
+    assert (data.path, data.allow_synthetic) == (None, True)
 
 
 def test_the_config_of_any_log_has_no_path_of_its_own_and_without_one_nothing_is_opened(prepared):
