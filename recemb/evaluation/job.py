@@ -48,7 +48,8 @@ class EvaluateConfig:
     """All of ``configs/evaluate.yaml``, which says what each key means.
 
     Raises:
-        ValueError: not exactly one of checkpoint and predictions; a key that the one given does not use.
+        ValueError: not exactly one of checkpoint and predictions; a key that the one given does not use; a value out of
+            range.
     """
 
     checkpoint: str | None
@@ -100,6 +101,8 @@ class EvaluateConfig:
                 "evaluate: confidence must be in (0, 1) and bootstrap 0 or at least 2, "
                 f"got {self.confidence} and {self.bootstrap}"
             )
+        if self.baseline_auc is not None and not 0.5 < self.baseline_auc <= 1:
+            raise ValueError(f"evaluate: baseline_auc must be in (0.5, 1], got {self.baseline_auc}")
 
 
 @dataclass(frozen=True)

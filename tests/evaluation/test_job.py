@@ -235,6 +235,8 @@ SCORES = {"predictions": "p.parquet", "label_column": "y", "score_column": "p"}
         ({**MODEL, "confidence": 95.0}, r"confidence must be in \(0, 1\)"),
         ({**MODEL, "slices": "C1"}, "slices must be list, got 'C1'"),
         ({**MODEL, "max_slices": 0}, "max_slices must be at least 1"),
+        ({**MODEL, "baseline_auc": 78.5}, r"evaluate: baseline_auc must be in \(0\.5, 1\], got 78\.5"),
+        ({**SCORES, "baseline_auc": 0.5}, r"evaluate: baseline_auc must be in \(0\.5, 1\], got 0\.5"),
     ],
 )
 def test_settings_that_contradict_each_other_are_errors(changes, message):
