@@ -53,10 +53,12 @@ class BootstrapResult:
     """Intervals by metric.
 
     Args:
-        intervals: ``auc``, ``logloss``, ``normalised_entropy``, ``calibration``; with users ``gauc``, ``gauc_users``.
+        intervals: ``auc``, ``logloss``, ``normalised_entropy``, ``calibration``; with users ``gauc``, ``gauc_users``,
+            unless every user has one class only.
         confidence: probability that an interval covers, e.g. 0.95.
         replicates: replicates used.
-        left_out: replicates that happened to hold labels of one class only and so have no AUC; 0 but for tiny data.
+        left_out: replicates that happened to hold labels of one class only, or no user with both, and so have no AUC or
+            no GAUC; 0 but for tiny data.
         resampled: ``"rows"`` or ``"users"``.
     """
 
@@ -96,7 +98,7 @@ def bootstrap(
         seed: the intervals are the same for the same seed and rows.
 
     Raises:
-        ValueError: bad input, labels of one class only, or more than half of the replicates have one class.
+        ValueError: bad input, labels of one class only, or more than half of the replicates are left out.
     """
     checked = check_labels(labels)
     values = check_probabilities(probabilities, len(checked))
@@ -113,8 +115,8 @@ def bootstrap(
     used = [item for item in drawn if item is not None]
     if len(used) < max(2, replicates / 2):
         raise ValueError(
-            f"bootstrap: {replicates - len(used)} of {replicates} replicates have labels of one class only; "
-            f"{len(checked)} rows are too few"
+            f"bootstrap: {replicates - len(used)} of {replicates} replicates have labels of one class only"
+            f"{'' if users is None else ' or no user with both'}; {len(checked)} rows are too few"
         )
     tail = (1 - confidence) / 2
     intervals = {}
@@ -160,7 +162,7 @@ class _Layout:
 
 
 def _replicate(layout: _Layout, users: GroupedAuc | None, generator: np.random.Generator) -> dict[str, float] | None:
-    """The metrics of one resample; None where it has labels of one class only."""
+    """The metrics of one resample; None where it has labels of one class only, or no user with both where there are."""
     if users is None or layout.users is None:
         of_users = None
         weights = _poisson_weights(generator, len(layout.losses))
@@ -193,7 +195,8 @@ def _replicate(layout: _Layout, users: GroupedAuc | None, generator: np.random.G
         "normalised_entropy": loss / num_rows / entropy,
         "calibration": predicted / num_positives,
     }
-    if users is not None and of_users is not None:
+    # Where every user has one class only there is no GAUC to resample.
+    if users is not None and of_users is not None and users.num_left_out < users.num_groups:
         kept = ~np.isnan(users.auc)
         drawn, impressions = of_users[kept].astype(np.float64), users.rows[kept]
         if not drawn.any():

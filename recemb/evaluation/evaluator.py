@@ -33,15 +33,15 @@ class UserMetrics:
     """AUC inside users.
 
     Args:
-        gauc: mean over users that have both classes, weighted by their rows.
+        gauc: mean over users that have both classes, weighted by their rows; None where every user has one class only.
         gauc_users: the same with equal weights.
         num_users: distinct users.
         num_users_left_out: users with rows of one class only, in whom nothing can be ranked.
         rows_left_out: rows of those users.
     """
 
-    gauc: float
-    gauc_users: float
+    gauc: float | None
+    gauc_users: float | None
     num_users: int
     num_users_left_out: int
     rows_left_out: int
@@ -152,7 +152,7 @@ class Evaluation:
             "calibration error (width)": self.equal_width.expected_error,
             "calibration error (mass)": self.equal_mass.expected_error,
         }
-        if self.users is not None:
+        if self.users is not None and self.users.gauc is not None and self.users.gauc_users is not None:
             values |= {"gauc": self.users.gauc, "gauc_users": self.users.gauc_users}
         lines = [f"{'rows':<28}{self.rows:>12,}   {self.positives / self.rows:.4%} with label 1"]
         for name, value in values.items():
@@ -278,9 +278,11 @@ def _certain_and_wrong(labels: Array, probabilities: Floats) -> int:
 
 
 def _user_metrics(groups: GroupedAuc) -> UserMetrics:
+    # Undefined where every user has one class only, which is no reason to lose the other metrics.
+    is_defined = groups.num_left_out < groups.num_groups
     return UserMetrics(
-        gauc=groups.mean("impressions"),
-        gauc_users=groups.mean("users"),
+        gauc=groups.mean("impressions") if is_defined else None,
+        gauc_users=groups.mean("users") if is_defined else None,
         num_users=groups.num_groups,
         num_users_left_out=groups.num_left_out,
         rows_left_out=groups.rows_left_out,

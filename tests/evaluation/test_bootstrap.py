@@ -121,6 +121,21 @@ def test_replicates_without_both_classes_are_left_out_and_counted():
     assert result.replicates == 300 - result.left_out
 
 
+def test_without_a_user_of_both_classes_only_gauc_has_no_interval():
+    labels, probabilities = draw(6, 600)
+    users = np.arange(600) % 30 + 100 * labels
+    result = bootstrap(labels, probabilities, users=grouped_auc(labels, probabilities, users), replicates=300)
+    assert (result.replicates, result.left_out, result.resampled) == (300, 0, "users")
+    assert set(result.intervals) == {"auc", "logloss", "normalised_entropy", "calibration"}
+    generator, distinct = np.random.default_rng(8), np.unique(users)
+    rows_of = {user: np.flatnonzero(users == user) for user in distinct}
+    plain = []
+    for _ in range(1000):
+        rows = np.concatenate([rows_of[user] for user in generator.choice(distinct, len(distinct))])
+        plain.append(metrics.auc(labels[rows], probabilities[rows]))
+    assert result.intervals["auc"].standard_error == pytest.approx(np.std(plain), rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [

@@ -87,6 +87,25 @@ def test_probabilities_of_zero_and_one_that_are_wrong_are_counted():
     assert result.logloss == pytest.approx(36.04 / 2, abs=0.01)
 
 
+def test_without_a_user_of_both_classes_gauc_is_undefined_and_everything_else_is_there():
+    predictions = make_predictions(400)
+    labels = predictions.labels
+    # User 2k has what was not clicked, user 2k + 1 what was.
+    predictions.columns["user"][:] = 2 * (np.arange(400) % 50) + labels
+    result = evaluate_predictions(predictions, user_column="user", replicates=20)
+    assert result.users is not None and (result.users.gauc, result.users.gauc_users) == (None, None)
+    num_users = len(set(predictions.columns["user"]))
+    assert result.users.num_users == result.users.num_users_left_out == num_users
+    assert result.users.rows_left_out == 400
+    assert result.auc == pytest.approx(sklearn.metrics.roc_auc_score(labels, predictions.scores), abs=1e-12)
+    content = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert content["users"]["gauc"] is None and content["users"]["gauc_users"] is None
+    assert set(content["bootstrap"]["intervals"]) == {"auc", "logloss", "normalised_entropy", "calibration"}
+    assert content["bootstrap"]["resampled"] == "users"
+    lines = [line.split("  ")[0] for line in result.table().splitlines()]
+    assert "auc" in lines and "users left out of gauc" in lines and "gauc" not in lines and "gauc users" not in lines
+
+
 def test_evaluate_runs_a_model_over_a_loader():
     parts = batches([50, 50, 7])
     options = {"user_column": "user", "slice_columns": ["site"], "replicates": 10}
