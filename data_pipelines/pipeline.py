@@ -33,9 +33,10 @@ from data_pipelines.encode import Chunk, ChunkEncoder, encode_log, needs_keys
 from data_pipelines.parts import Layout, PartWriter, count_train, lay_out
 from data_pipelines.schema import LogSchema
 from data_pipelines.sources import Source, check_distinct
-from data_pipelines.splitting import RowKeys, SplitRule, assign
+from data_pipelines.splitting import SPLITS, RowKeys, SplitRule, assign
 from data_pipelines.vocabulary import OUT_OF_VOCABULARY, Vocabulary, rank
 from data_pipelines.workspace import check_target, workspace
+from recemb.data.label_classes import only_label
 from recemb.data.manifest import TRUE_PROBABILITY, CategoricalFeature, Manifest, NumericFeature, Split
 from recemb.evaluation.metrics import auc, log_loss
 
@@ -115,7 +116,17 @@ def prepare_log(
         manifest.save()
     rows = {name: entry.rows for name, entry in splits.items()}
     logger.info("%s: %s rows in %.1f s", source_name, rows, time.perf_counter() - started)
-    return dataclasses.replace(manifest, root=out)
+    manifest = dataclasses.replace(manifest, root=out)
+    for name in SPLITS[1:]:
+        if (label := only_label(manifest, name)) is not None:
+            logger.warning(
+                "%s: all %d rows of split %s have label %d; training needs both, so divide the log otherwise",
+                out,
+                rows[name],
+                name,
+                label,
+            )
+    return manifest
 
 
 def _lay_out(chunks: Sequence[Chunk], split: SplitRule, *, needs_keys: bool) -> Layout:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from recemb.comparison.cells import composed
 from recemb.data.manifest import Manifest
 from recemb.data.parquet import ParquetLoader
 from recemb.evaluation import metrics
@@ -212,4 +213,14 @@ def test_a_bad_id_in_the_test_split_ends_the_run_before_its_first_step(tmp_path)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.search(r"test/part-00000.parquet: row group 1, column 'C1', row 20 .*in \[0, 20\).*got 20", output)
+    assert not read_metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_split_with_labels_of_one_class_ends_the_run_before_its_first_step(split, tmp_path):
+    manifest = write_encoded(tmp_path / "encoded", rows=1000)
+    rewrite_column(manifest, split, "label", pa.array([0] * 100, pa.int8()))
+    message = rf"encoded: split '{split}': labels of both classes .* got 0 rows with label 1 and 100 with label 0"
+    with pytest.raises(ValueError, match=message):
+        run_training(composed([*OVERRIDES, f"data.path={manifest.root}", f"paths.run={tmp_path / 'run'}"]))
     assert not read_metrics(tmp_path / "run")

@@ -74,12 +74,12 @@ def check_probabilities(probabilities: npt.ArrayLike, rows: int) -> Floats:
     return array.astype(np.float64, copy=False)
 
 
-def check_both_classes(labels: Booleans, metric: str) -> tuple[int, int]:
-    """(number of 1 labels, number of 0 labels); ValueError where one is 0, because ``metric`` is then undefined."""
+def check_both_classes(labels: Booleans, where: str) -> tuple[int, int]:
+    """(number of 1 labels, number of 0 labels); ValueError where one is 0, with ``where``: the metric or file."""
     positives = int(np.count_nonzero(labels))
     if positives in (0, len(labels)):
         raise ValueError(
-            f"{metric}: labels of both classes are required, got {positives} rows with label 1 and "
+            f"{where}: labels of both classes are required, got {positives} rows with label 1 and "
             f"{len(labels) - positives} with label 0"
         )
     return positives, len(labels) - positives

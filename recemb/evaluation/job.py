@@ -19,7 +19,9 @@ import torch
 from tqdm import tqdm
 
 from recemb.config import parse
+from recemb.data.label_classes import check_both_labels
 from recemb.data.manifest import FILE_NAME, TRUE_PROBABILITY, Manifest, checksum
+from recemb.evaluation.checks import check_both_classes
 from recemb.evaluation.evaluator import Evaluation, evaluate_predictions
 from recemb.evaluation.plots import reliability_plot, slice_plot
 from recemb.evaluation.predictions import Predictions, collect, read_predictions, write_predictions
@@ -179,6 +181,7 @@ def _from_file(settings: EvaluateConfig) -> _Source:
         are_logits=settings.score_kind == "logit",
         columns=[*users, *settings.slices],
     )
+    check_both_classes(predictions.labels, f"{path}, column {settings.label_column!r}")
     return _Source(
         predictions,
         settings.user_column,
@@ -201,6 +204,7 @@ def _from_model(settings: EvaluateConfig, load_model: ModelLoader) -> _Source:
         raise ValueError(f"{path}: the run does not say which data set it was trained on; give data=DIR")
     manifest = Manifest.load(root)
     manifest.verify()
+    check_both_labels(manifest, split)
     check_fits(model, manifest, path)
     user_column = settings.user_column or manifest.user
     extra = _extra_columns(manifest, split, user_column, settings.slices)

@@ -16,6 +16,7 @@ from recemb.assembly import ModelInputs, build_model, decay_by_train_counts
 from recemb.checkpoint import Checkpoints, load_model_tensors, load_state
 from recemb.config import TrainConfig, build_target
 from recemb.data.checks import check_split
+from recemb.data.label_classes import check_both_labels
 from recemb.data.manifest import Manifest
 from recemb.data.parquet import ParquetLoader
 from recemb.data_source import open_data_set
@@ -223,6 +224,9 @@ def _open_manifest(config: TrainConfig, checkpoints: Checkpoints, ranks: Ranks) 
     for name in ("train", "validation", "test"):
         # The loader would find a bad id too, but in the last file, hours later.
         check_split(manifest, name)
+        if name != "train":
+            # The metrics would, after the whole training.
+            check_both_labels(manifest, name)
     return manifest
 
 

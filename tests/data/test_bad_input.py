@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recemb.data.checks import check_split
+from recemb.data.label_classes import check_both_labels, only_label
 from recemb.data.manifest import CategoricalFeature, DataFile, Manifest, describe_file
 from recemb.data.parquet import ParquetLoader
 from tests.data.encoded import replace_split, rewrite_column, write_encoded
@@ -203,3 +204,24 @@ def test_the_check_before_training_accepts_files_without_statistics(manifest):
     path = manifest.files("train")[0]
     pq.write_table(pq.read_table(path), path, write_statistics=False)
     check_split(replace_split(manifest, "train", [describe_file(manifest.root, path)]), "train")
+
+
+@pytest.mark.parametrize("write_statistics", [True, False])
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_split_of_one_class_is_refused_with_its_counts_also_without_statistics(tmp_path, label, write_statistics):
+    manifest = write_encoded(tmp_path / "encoded", 400, row_group_rows=10, files_per_split=2)
+    labels = pa.array([label] * 20, pa.int8())
+    for file in (0, 1):
+        check_both_labels(manifest, "test")
+        manifest = rewrite_column(manifest, "test", "label", labels, file=file)
+        path = manifest.files("test")[file]
+        pq.write_table(pq.read_table(path), path, row_group_size=10, write_statistics=write_statistics)
+        manifest = replace_split(
+            manifest, "test", [describe_file(manifest.root, path) for path in manifest.files("test")]
+        )
+    counts = f"got {40 * label} rows with label 1 and {40 - 40 * label} with label 0"
+    with pytest.raises(ValueError, match=rf"encoded: split 'test': labels of both classes are required, {counts}"):
+        check_both_labels(manifest, "test")
+    for split in manifest.splits:
+        seen = {value for path in manifest.files(split) for value in pq.read_table(path)["label"].to_pylist()}
+        assert only_label(manifest, split) == (seen.pop() if len(seen) == 1 else None)

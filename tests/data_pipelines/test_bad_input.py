@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,19 @@ def test_later_file_is_checked_before_the_first_is_read(tmp_path: Path, monkeypa
 def test_split_without_rows(tmp_path: Path) -> None:
     raw = truth.write_tsv(tmp_path / "log.txt", ROWS[:4])
     fails(tmp_path, raw, ValueError, r"\['validation'\] would be empty \(rows: {'train': 3", split=SplitRule("time"))
+
+
+def test_a_split_with_labels_of_one_class_is_written_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"y": int(number < 7), "a": number} for number in range(10)]
+    raw = truth.write_parquet(tmp_path / "log.parquet", rows)
+    schema = LogSchema("y", categorical=(CategoricalColumn("a"),))
+    with caplog.at_level(logging.WARNING, logger="data_pipelines"):
+        parquet.prepare(raw, tmp_path / "out", schema=schema, split=SplitRule("time", (6, 2, 2)))
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == [
+        f"{tmp_path / 'out'}: all 2 rows of split test have label 0"
+    ]
 
 
 def test_last_day_of_a_log_without_days(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from recemb.evaluate import spelled_out
 from recemb.evaluation import job
 from recemb.run_folder import load_model
 from recemb.training.run import train
-from tests.data.encoded import write_encoded
+from tests.data.encoded import rewrite_column, write_encoded
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,6 +242,21 @@ SCORES = {"predictions": "p.parquet", "label_column": "y", "score_column": "p"}
 def test_settings_that_contradict_each_other_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         job.run(config(**changes), no_model)
+
+
+def test_labels_of_one_class_are_named_with_their_file_or_split(tmp_path, run_folder):
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"y": [1, 1, 1], "p": [0.1, 0.2, 0.3]}), path)
+    with pytest.raises(
+        ValueError, match=r"p\.parquet, column 'y': labels of both classes are required, got 3 rows with"
+    ):
+        job.run(config(**{**SCORES, "predictions": str(path)}), no_model)
+    manifest = write_encoded(tmp_path / "data", 1000)
+    rewrite_column(manifest, "test", "label", pa.array([0] * 100, pa.int8()))
+    with pytest.raises(
+        ValueError, match=r"data: split 'test': labels of both classes .* got 0 rows with label 1 and 100"
+    ):
+        job.run(config(checkpoint=str(run_folder)), loader_of(tmp_path / "data"))
 
 
 def test_an_unknown_key_is_an_error():
