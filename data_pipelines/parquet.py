@@ -28,7 +28,9 @@ What the settings mean and how to choose them: ``schema.NumericColumn``, ``schem
 ``splitting.SplitRule``. Features of one ``table`` share one vocabulary, whose counts are over all of them. Columns that
 the schema does not name are ignored.
 
-A history holds what was known when its row was shown, never the row's own event. Sequences are parallel (entry i of
+A history holds what was known when its row was shown, never the row's own event. Divided at random, histories of train
+rows would hold what test rows ask for: with sequences the split is by time unless told, by users where there is neither
+time nor day, and random is refused. Sequences are parallel (entry i of
 each belongs to event i) unless their ``events`` differ; they must be equally long in every row, and an empty history is
 an empty list, not null. With ``times``, the name of a list column with the entries' times, each row is checked: times
 ascend and lie before the row's time.
@@ -46,7 +48,7 @@ from data_pipelines.command import as_paths, base_parser, run_command
 from data_pipelines.pipeline import prepare_log
 from data_pipelines.schema import CategoricalColumn, LogSchema, NumericColumn
 from data_pipelines.sources import ParquetFile, check_days_ascend
-from data_pipelines.splitting import SplitRule
+from data_pipelines.splitting import SplitKind, SplitRule
 from recemb.data.manifest import Manifest
 
 _KEYS = ("label", "numeric", "categorical", "sequences", "user", "time", "day", "extra", "defaults", "split")
@@ -71,7 +73,7 @@ def prepare(
         raw_paths: Parquet files, for splits by the order of rows oldest first.
         out: directory to make.
         schema: a schema.yaml, or the schema itself.
-        split: None: the schema's, or random 8:1:1.
+        split: None: the schema's, or 8:1:1: random; for histories by time, or users where rows have no time.
         overwrite: replace a data set that lies at ``out``.
         workers: threads; None: one a core.
 
@@ -84,9 +86,9 @@ def prepare(
         options["schema"] = str(schema)
         schema, schema_split = read_schema(schema)
         split = split or schema_split
-    split = split or SplitRule()
+    split = split or SplitRule(_default_split(schema))
     paths = as_paths(raw_paths)
-    if split.kind != "random" and schema.time is None and schema.day is None:
+    if split.kind in ("time", "last-day") and schema.time is None and schema.day is None:
         check_days_ascend(paths)
     return prepare_log(
         [ParquetFile(path, schema.requirements, {}) for path in paths],
@@ -116,7 +118,8 @@ def read_schema(path: str | Path) -> tuple[LogSchema, SplitRule | None]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     try:
-        return _schema(content), _split(content.get("split"))
+        schema = _schema(content)
+        return schema, _split(content.get("split"), _default_split(schema))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -168,7 +171,17 @@ def _categorical(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> tupl
     return tuple(merged)
 
 
-def _split(content: Any) -> SplitRule | None:
+def _default_split(schema: LogSchema) -> SplitKind:
+    """Random, unless there are histories, which must not hold what test rows ask for."""
+    if not schema.sequences:
+        return "random"
+    if schema.time is not None or schema.day is not None:
+        return "time"
+    # Without users either, rows may or may not be in the order of time: random is refused with the choices there are.
+    return "random" if schema.user is None else "users"
+
+
+def _split(content: Any, default: SplitKind) -> SplitRule | None:
     if content is None:
         return None
     fields = _mapping(content, "split", ("kind", "fractions", "seed"))
@@ -181,7 +194,7 @@ def _split(content: Any) -> SplitRule | None:
     seed = fields.get("seed")
     if seed is not None and not isinstance(seed, int):
         raise ValueError(f"split: seed must be an integer, got {seed!r}")
-    return SplitRule.of(fields.get("kind", "random"), shares, seed)
+    return SplitRule.of(fields.get("kind", default), shares, seed)
 
 
 def _column(item: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

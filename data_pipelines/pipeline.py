@@ -157,6 +157,13 @@ def _check_inputs(sources: Sequence[Source], schema: LogSchema, split: SplitRule
     check_distinct([source.path for source in sources])
     for source in sources:
         source.check()
+    if split.kind == "random" and schema.sequences:
+        names = [column.name for column in schema.sequences]
+        raise ValueError(
+            f"{sources[0].path}: split random is not for histories, sequences {names}: those of train rows hold what "
+            "test rows ask for. Use split users (with a user column) or time (with a time column, or rows in the order "
+            "of time); a list that is no history is of kind list"
+        )
     if split.kind == "users" and schema.user is None and schema.split is None:
         raise ValueError(f"{sources[0].path}: split users needs a user column, and the log names none")
     if split.kind == "given" and schema.split is None:

@@ -132,6 +132,71 @@ def test_times_may_be_timestamps_of_the_kind_of_the_rows_own(tmp_path: Path) -> 
         prepare(tmp_path / "mixed", mixed)
 
 
+# Each of 30 users comes for four items, one a step, and a history is what came before.
+COUNTED = """
+label: clicked
+categorical: [{name: item, encoding: ids, num_embeddings: 120}]
+sequences: [{name: items, table: item}]
+"""
+
+
+def prepare_counted(folder: Path, schema: str) -> Manifest:
+    log = [
+        {
+            "clicked": (user + step) % 2,
+            "item": 4 * user + step,
+            "items": list(range(4 * user, 4 * user + step)),
+            "user": user,
+            "step": step,
+            "shown_at": 100 * step + user,
+        }
+        for user in range(30)
+        for step in range(4)
+    ]
+    return prepare(folder, log, schema)
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind", "fractions"),
+    [
+        ("time: shown_at\nuser: user", "time", [0.8, 0.1, 0.1]),
+        ("time: shown_at\nsplit: {fractions: [2, 1, 1]}", "time", [2, 1, 1]),
+        ("day: step", "time", [0.8, 0.1, 0.1]),
+        ("user: user", "users", [0.8, 0.1, 0.1]),
+        ("user: user\nsplit: {seed: 3}", "users", [0.8, 0.1, 0.1]),
+    ],
+)
+def test_unless_told_no_history_of_a_train_row_holds_what_a_test_row_asks_for(
+    columns: str, kind: str, fractions: list[float], tmp_path: Path
+) -> None:
+    manifest = prepare_counted(tmp_path, COUNTED + columns)
+    assert (manifest.preparation["split"]["kind"], manifest.preparation["split"]["fractions"]) == (kind, fractions)
+    splits = truth.read_all(manifest)
+    asked = set(splits["test"]["item"])
+    assert asked and not asked & {item for items in splits["train"]["items"] for item in items}
+
+
+def test_histories_are_not_divided_at_random_and_bags_are(tmp_path: Path) -> None:
+    message = r"log\.parquet: split random is not for histories, sequences \['items'\]: .* Use split users .* or time"
+    for columns in ("", "split: {fractions: [2, 1, 1]}", "time: shown_at\nuser: user\nsplit: {kind: random}"):
+        with pytest.raises(ValueError, match=message):
+            prepare_counted(tmp_path, COUNTED + columns)
+    assert not (tmp_path / "out").exists()
+    bag = "}, {name: items, kind: list, encoding: ids, num_embeddings: 120"
+    bags = COUNTED.replace("}]\nsequences: [{name: items", bag)
+    assert prepare_counted(tmp_path, bags + "time: shown_at").preparation["split"]["kind"] == "random"
+
+
+def test_the_order_of_files_matters_to_splits_by_time_alone(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"y": [0, 1] * 50, "a": range(100), "u": range(100)}), tmp_path / "part-2.parquet")
+    pq.write_table(pa.table({"y": [1, 0] * 50, "a": range(100), "u": range(100)}), tmp_path / "part-10.parquet")
+    schema = LogSchema(label="y", categorical=(CategoricalColumn("a"),), user="u")
+    files = [tmp_path / "part-10.parquet", tmp_path / "part-2.parquet"]
+    parquet.prepare(files, tmp_path / "out", schema=schema, split=SplitRule("users"))
+    with pytest.raises(ValueError, match="is alphabetic"):
+        parquet.prepare(files, tmp_path / "other", schema=schema, split=SplitRule("time"))
+
+
 def test_schemas_that_make_no_sense() -> None:
     history = CategoricalColumn("items", "sequence", table="item", max_length=3)
     with pytest.raises(ValueError, match=r"describe the same events 'history', so max_length must be the same"):
