@@ -224,3 +224,17 @@ def test_a_split_with_labels_of_one_class_ends_the_run_before_its_first_step(spl
     with pytest.raises(ValueError, match=message):
         run_training(composed([*OVERRIDES, f"data.path={manifest.root}", f"paths.run={tmp_path / 'run'}"]))
     assert not read_metrics(tmp_path / "run")
+
+
+def test_a_run_ends_where_no_test_user_has_labels_of_both_classes(tmp_path):
+    manifest = write_encoded(tmp_path / "encoded", rows=1000, num_users=20)
+    labels = pq.read_table(manifest.files("test")[0])["label"].to_pylist()
+    rewrite_column(manifest, "test", "user", pa.array(labels, pa.int64()))
+    results = run_training(composed([*OVERRIDES, f"data.path={manifest.root}", f"paths.run={tmp_path / 'run'}"]))
+    assert results == json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test"]["users"] == {
+        **{"gauc": None, "gauc_users": None},
+        **{"num_users": 2, "num_users_left_out": 2, "rows_left_out": 100},
+    }
+    assert 0 < results["test"]["auc"] < 1
+    assert "test GAUC" not in (tmp_path / "run" / "report.md").read_text()

@@ -32,7 +32,7 @@ class RunSummary:
         best_possible_auc: where the log's true probabilities are known.
         search_cost: CPU time of a search before its last training, in trainings like that one; one a seed, empty for
             methods that search nothing.
-        gauc: AUC inside users on the test split, one a seed; empty where no user is known.
+        gauc: AUC inside users on the test split, one a seed; empty where no user is known or has both classes.
     """
 
     name: str
@@ -101,7 +101,9 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
         optimizer_bytes=_mean_bytes(cells, "optimizer_bytes"),
         samples_per_cpu_second=tuple(cell["train"]["samples_per_cpu_second"] for cell in cells),
         best_possible_auc=(first["data"].get("optimum") or {}).get("auc"),
-        gauc=tuple(cell["test"]["users"]["gauc"] for cell in cells if "users" in cell["test"]),
+        gauc=tuple(
+            users["gauc"] for cell in cells if (users := cell["test"].get("users")) and users["gauc"] is not None
+        ),
         search_cost=tuple(cell["search"]["cpu_trainings"] for cell in cells if "search" in cell),
         training_bytes=_training_bytes(cells),
     )

@@ -25,9 +25,10 @@ def summary_table(results: Mapping[str, Any]) -> str:
         return _stage_lines(results)
     test, embedding, train = results["test"], results["embedding"], results["train"]
     optimum = results["data"].get("optimum", {})
+    users = test.get("users", {"gauc": None})
     rows = [
         ("test AUC", f"{test['auc']:.5f}", f"best possible {optimum['auc']:.5f}" if optimum else ""),
-        *([("test GAUC", f"{test['users']['gauc']:.5f}", _left_out(test["users"]))] if "users" in test else []),
+        *([] if users["gauc"] is None else [("test GAUC", f"{users['gauc']:.5f}", _left_out(users))]),
         ("test log loss", f"{test['logloss']:.5f}", f"best possible {optimum['logloss']:.5f}" if optimum else ""),
         ("embedding bytes", f"{embedding['bytes']:,}", embedding["method"]),
         *_against_full(embedding),
