@@ -182,7 +182,12 @@ def test_resuming_a_finished_run_changes_nothing(finished):
     run, _ = finished
     before = (run / "results.json").read_bytes()
     content = config_to_train(
-        {"resume": str(run), "data": {"path": None, "synthetic": {"path": "log"}}, "paths": {}}, [f"resume={run}"]
+        {
+            "resume": str(run),
+            "data": {"path": None, "allow_synthetic": False, "synthetic": {"path": "log"}},
+            "paths": {},
+        },
+        [f"resume={run}"],
     )
     assert run_training(content, continues=True) == json.loads(before)
     assert (run / "results.json").read_bytes() == before

@@ -56,9 +56,15 @@ def _absolute(config: dict[str, Any]) -> dict[str, Any]:
 
     data = config["data"]
     synthetic = {**data["synthetic"], "path": resolved(data["synthetic"]["path"])}
+    allowed = data["allow_synthetic"]
     return {
         **config,
-        "data": {**data, "path": resolved(data["path"]), "synthetic": synthetic},
+        "data": {
+            **data,
+            "path": resolved(data["path"]),
+            "allow_synthetic": resolved(allowed) if isinstance(allowed, str) else allowed,
+            "synthetic": synthetic,
+        },
         "paths": {name: resolved(path) for name, path in config["paths"].items()},
     }
 

@@ -101,7 +101,11 @@ def test_a_killed_search_goes_on_to_the_same_plan(finished: Path, tmp_path: Path
     state.update(generation=1, scores=state["scores"][:20], history=state["history"][:1])
     state.update(seconds=1e6, cpu_seconds=2e6)
     (folder / "evolution.json").write_text(json.dumps(state))
-    arguments = {"resume": str(run), "stage": "search", "data": {"path": None, "synthetic": {"path": "log"}}}
+    arguments = {
+        "resume": str(run),
+        "stage": "search",
+        "data": {"path": None, "allow_synthetic": False, "synthetic": {"path": "log"}},
+    }
     train(config_to_train({**arguments, "paths": {}}, [f"resume={run}", "+stage=search"]), continues=True)
     assert figures_of(run)["widths"] == figures_of(finished)["widths"]
     assert 1e6 < figures_of(run)["seconds"] < 1e6 + 600

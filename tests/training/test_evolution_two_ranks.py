@@ -44,7 +44,11 @@ def test_the_same_candidates_score_alike_and_the_same_one_wins(tmp_path: Path) -
     write_encoded(data, rows=6020)
     train(config_of(data, one, *SEARCH, "trainer.max_steps=40"))
     shutil.copytree(one, two, symlinks=True)
-    arguments = {"resume": str(two), "stage": "search", "data": {"path": None, "synthetic": {"path": "log"}}}
+    arguments = {
+        "resume": str(two),
+        "stage": "search",
+        "data": {"path": None, "allow_synthetic": False, "synthetic": {"path": "log"}},
+    }
     content = config_to_train({**arguments, "paths": {}}, [f"resume={two}", "+stage=search"])
     train_on_two_ranks(content, tmp_path, continues=True)
     folders = [run / "stages" / "1-search" for run in (one, two)]

@@ -13,7 +13,11 @@ def config(tmp_path) -> dict:
     return {
         "seed": 0,
         "resume": None,
-        "data": {"path": "data/criteo", "synthetic": {"path": "data/synthetic", "rows": 10}},
+        "data": {
+            "path": "data/criteo",
+            "allow_synthetic": "data/criteo",
+            "synthetic": {"path": "data/synthetic", "rows": 10},
+        },
         "trainer": {"epochs": 1, "schedule": {"decay": "none"}},
         "paths": {"data": "data", "runs": "runs", "run": str(tmp_path / "run")},
     }
@@ -30,6 +34,7 @@ def test_a_new_run_keeps_its_config_with_absolute_paths(config, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     content = config_to_train(config, ["seed=0"])
     assert content["data"]["path"] == str(tmp_path / "data" / "criteo")
+    assert content["data"]["allow_synthetic"] == content["data"]["path"]
     assert content["data"]["synthetic"] == {"path": str(tmp_path / "data" / "synthetic"), "rows": 10}
     assert content["trainer"] == config["trainer"]
 

@@ -162,7 +162,11 @@ def test_killed_with_signal_9_in_a_stage_and_resumed_it_ends_exactly_the_same(
     process.communicate()
     assert not (run / "stages" / "2-retrain" / "stage.json").exists()
     before = (run / "stages" / "0-train" / "stage.json").stat().st_mtime_ns
-    arguments = {"resume": str(run), "data": {"path": None, "synthetic": {"path": "log"}}, "paths": {}}
+    arguments = {
+        "resume": str(run),
+        "data": {"path": None, "allow_synthetic": False, "synthetic": {"path": "log"}},
+        "paths": {},
+    }
     train(config_to_train(arguments, [f"resume={run}"]), continues=True)
     assert (run / "stages" / "0-train" / "stage.json").stat().st_mtime_ns == before
     assert without_clock(results_of(run)) == without_clock(results_of(finished))
@@ -171,7 +175,11 @@ def test_killed_with_signal_9_in_a_stage_and_resumed_it_ends_exactly_the_same(
 def test_one_stage_is_run_again_on_what_the_others_left(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(finished, run, symlinks=True)
-    arguments = {"resume": str(run), "stage": "prune", "data": {"path": None, "synthetic": {"path": "log"}}}
+    arguments = {
+        "resume": str(run),
+        "stage": "prune",
+        "data": {"path": None, "allow_synthetic": False, "synthetic": {"path": "log"}},
+    }
     content = config_to_train({**arguments, "paths": {}}, [f"resume={run}", "+stage=prune"])
     results = train(content, continues=True)
     assert [stage["name"] for stage in results["stages"]] == ["train", "prune"]
