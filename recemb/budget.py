@@ -17,6 +17,10 @@ _UNITS = {
 }
 
 
+class BudgetOutOfReach(ValueError):
+    """No form of a method is as small as its budget: a finding about the method, where other errors are mistakes."""
+
+
 def parse_budget(budget: float | int | str, full_bytes: int) -> int:
     """Bytes that a budget means.
 
@@ -90,7 +94,8 @@ def fit_to_budget(
         A functools.partial with the knob bound; ``method`` itself where its size is fixed and fits.
 
     Raises:
-        ValueError: the budget is below the smallest size the method can reach (named), or the knob is bound already.
+        BudgetOutOfReach: the budget is below the smallest size the method can reach (named).
+        ValueError: the knob is bound already.
     """
 
     def size(candidate: Method) -> int:
@@ -101,7 +106,7 @@ def fit_to_budget(
     large = [table for table in tables if table.num_embeddings >= full_below_rows]
     if knob is None or not large:
         if (fixed := size(method)) > budget_bytes:
-            raise ValueError(
+            raise BudgetOutOfReach(
                 f"budget of {budget_bytes:,} bytes: {cls.__name__} takes {fixed:,} bytes and has no smaller form"
             )
         return method
@@ -115,7 +120,7 @@ def fit_to_budget(
     if size(at(low)) > size(at(high)):
         low, high = high, low
     if (smallest := size(at(low))) > budget_bytes:
-        raise ValueError(
+        raise BudgetOutOfReach(
             f"budget of {budget_bytes:,} bytes cannot be met: the smallest {cls.__name__} of these tables takes "
             f"{smallest:,} bytes ({knob}={low})"
         )

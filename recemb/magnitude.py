@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from recemb.budget import BudgetOutOfReach
 from recemb.plan import CompressionPlan, TablePlan
 from recemb.pruned_bytes import plan_bytes
 
@@ -33,7 +34,7 @@ def magnitude_plan(
         size: bytes of a plan; grows with what is kept.
 
     Raises:
-        ValueError: tables without a single value take more than the budget; the least is named.
+        BudgetOutOfReach: tables without a single value take more than the budget; the least is named.
     """
 
     def plan(bits: int) -> CompressionPlan:
@@ -50,7 +51,9 @@ def magnitude_plan(
     # Invariant: the values above the number of pattern ``high`` fit, those above that of ``low`` do not.
     low, high = 0, _INFINITY_BITS
     if (least := size(plan(high))) > budget_bytes:
-        raise ValueError(f"budget of {budget_bytes:,} bytes cannot be met: empty tables take {least:,} bytes already")
+        raise BudgetOutOfReach(
+            f"budget of {budget_bytes:,} bytes cannot be met: empty tables take {least:,} bytes already"
+        )
     while high - low > 1:
         middle = (low + high) // 2
         if size(plan(middle)) <= budget_bytes:

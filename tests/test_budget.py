@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from recemb.budget import fit_to_budget, parse_budget
+from recemb.budget import BudgetOutOfReach, fit_to_budget, parse_budget
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.memory import estimate_memory, full_table_bytes, measure_memory
 from recemb.method import UNBOUNDED, Method
@@ -124,12 +124,14 @@ def test_tables_that_stay_full_count_against_the_budget() -> None:
 
 
 def test_unreachable_budgets_name_the_smallest_size() -> None:
-    with pytest.raises(ValueError, match=r"budget of 50 bytes cannot be met: the smallest Unified .* takes 80 bytes"):
+    with pytest.raises(BudgetOutOfReach, match=r"budget of 50 bytes cannot be met: the smallest Unified .* takes 80 bytes"):
         fit_to_budget(TABLES, Unified, 50)
-    with pytest.raises(ValueError, match="Full takes 67,200 bytes and has no smaller form"):
+    with pytest.raises(BudgetOutOfReach, match="Full takes 67,200 bytes and has no smaller form"):
         fit_to_budget(TABLES, Full, 60_000)
 
 
 def test_a_bound_knob_and_a_budget_contradict() -> None:
-    with pytest.raises(ValueError, match="give num_embeddings or a budget, not both"):
+    with pytest.raises(ValueError, match="give num_embeddings or a budget, not both") as caught:
         fit_to_budget(TABLES, partial(Unified, num_embeddings=5), 5000)
+    # A mistake of whoever asks, not a method that cannot be so small.
+    assert not isinstance(caught.value, BudgetOutOfReach)

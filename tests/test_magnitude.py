@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from recemb.budget import BudgetOutOfReach
 from recemb.magnitude import magnitude_plan
 from recemb.plan import CompressionPlan
 from recemb.pruned_bytes import plan_bytes
@@ -50,5 +51,5 @@ def test_bytes_of_the_converted_tables_meet_the_budget_closely() -> None:
 
 
 def test_budget_below_empty_tables_is_refused() -> None:
-    with pytest.raises(ValueError, match="cannot be met: empty tables take 2 bytes"):
+    with pytest.raises(BudgetOutOfReach, match="cannot be met: empty tables take 2 bytes"):
         magnitude_plan(values(), 1, source="test", size=lambda plan: plan.num_values() + 2)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
+from recemb.budget import BudgetOutOfReach
 from recemb.grouped_linear import grouped_linear
 from recemb.memory import estimate_memory
 from recemb.method import CompressedTables, Method, full_table_variance
@@ -223,7 +224,7 @@ class AutoDim(CompressedTables):
         """The width of the largest probability for each table, or widths of about the largest product that fit.
 
         Raises:
-            ValueError: a budget that the narrowest candidate exceeds.
+            BudgetOutOfReach: a budget that the narrowest candidate exceeds.
         """
         scores = torch.log_softmax(self.architecture.double(), dim=1).cpu().tolist()
 
@@ -239,7 +240,7 @@ class AutoDim(CompressedTables):
             # Maps, which are the same for all widths.
             fixed = narrowest - sum(row[0] for row in costs)
             if narrowest > budget_bytes:
-                raise ValueError(
+                raise BudgetOutOfReach(
                     f"budget of {budget_bytes:,} bytes cannot be met: tables of width {self.candidates[0]} take "
                     f"{narrowest:,} bytes; give a narrower candidate"
                 )

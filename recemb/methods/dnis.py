@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
+from recemb.budget import BudgetOutOfReach
 from recemb.frequency_blocks import frequency_blocks
 from recemb.magnitude import magnitude_plan
 from recemb.method import CompressedTables
@@ -217,10 +218,12 @@ def most_that_fit(ranked: Sequence[int], size: Callable[[Sequence[int]], int], b
         budget_bytes: the most that it may take.
 
     Raises:
-        ValueError: the empty choice takes more.
+        BudgetOutOfReach: the empty choice takes more.
     """
     if (least := size([])) > budget_bytes:
-        raise ValueError(f"budget of {budget_bytes:,} bytes cannot be met: empty tables take {least:,} bytes already")
+        raise BudgetOutOfReach(
+            f"budget of {budget_bytes:,} bytes cannot be met: empty tables take {least:,} bytes already"
+        )
     low, high = 0, len(ranked) + 1
     while high - low > 1:
         middle = (low + high) // 2

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
+from recemb.budget import BudgetOutOfReach
 from recemb.method import CompressedTables, physical_table
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.plan import CompressionPlan, TablePlan
@@ -337,7 +338,7 @@ def _largest_within(
         return largest
     smallest = plan(last_step)
     if (least := plan_bytes(smallest)) > budget_bytes:
-        raise ValueError(f"budget of {budget_bytes:,} bytes: the smallest plan of OptEmbed takes {least:,} bytes")
+        raise BudgetOutOfReach(f"budget of {budget_bytes:,} bytes: the smallest plan of OptEmbed takes {least:,} bytes")
     low, high = 0, last_step
     while high - low > 1:
         middle = (low + high) // 2

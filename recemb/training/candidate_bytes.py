@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from recemb.budget import BudgetOutOfReach
 from recemb.plan import CompressionPlan, TablePlan
 from recemb.pruned_bytes import PackedTable, packed_sizes, packed_table
 from recemb.training.evolution import Candidate
@@ -62,12 +63,12 @@ class CandidateBytes:
         A table loses its last column with a chance in proportion to the values that saves.
 
         Raises:
-            ValueError: not even one column of every table fits.
+            BudgetOutOfReach: not even one column of every table fits.
         """
         widths = list(candidate)
         while (excess := self(tuple(widths)) - budget_bytes) > 0:
             if max(widths) == 1:
-                raise ValueError(
+                raise BudgetOutOfReach(
                     f"budget of {budget_bytes:,} bytes: one column of every table takes {self.smallest():,}"
                 )
             # What a column takes is known without packing: its values.

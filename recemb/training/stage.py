@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from recemb.assembly import ModelInputs, build_model, with_train_counts
-from recemb.budget import parse_budget
+from recemb.budget import BudgetOutOfReach, parse_budget
 from recemb.carry_over import carry_over
 from recemb.checkpoint import load_model_tensors, load_state
 from recemb.collection import compressed_groups
@@ -276,7 +276,7 @@ def search_budgets(model: nn.Module, budget: int | None) -> list[tuple[Compresse
     Tables of other groups take what they take; groups that search share the rest in proportion to their full tables.
 
     Raises:
-        ValueError: the other tables take more than the budget already.
+        BudgetOutOfReach: the other tables take more than the budget already.
     """
     groups = compressed_groups(model)
     searching = [group for group in groups if group.searches]
@@ -284,7 +284,7 @@ def search_budgets(model: nn.Module, budget: int | None) -> list[tuple[Compresse
         return [(group, None) for group in searching]
     left = budget - sum(parameter_bytes(group) for group in groups if not group.searches)
     if left <= 0:
-        raise ValueError(
+        raise BudgetOutOfReach(
             f"budget of {budget:,} bytes: tables that stay full (embedding.full_below_rows) take {budget - left:,}"
         )
     sizes = [sum(table.num_embeddings * table.embedding_dim for table in group.tables) for group in searching]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from recemb.budget import BudgetOutOfReach
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.memory import estimate_memory
 from recemb.method import frozen_tables
@@ -169,7 +170,7 @@ def test_plan_meets_a_budget_of_bytes() -> None:
         widths = group.derive_plan(budget).options["widths"]
         reached = estimate_memory(small_tables(), partial(MixedDimension, widths=widths)).serving_bytes
         assert reached <= budget
-    with pytest.raises(ValueError, match=r"tables of width 2 take 84,264 bytes; give a narrower candidate"):
+    with pytest.raises(BudgetOutOfReach, match=r"tables of width 2 take 84,264 bytes; give a narrower candidate"):
         group.derive_plan(84_263)
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.budget import BudgetOutOfReach
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.data.batch import Batch
 from recemb.frequency_blocks import frequency_blocks
@@ -161,7 +162,7 @@ def test_what_fits_is_a_beginning_and_whatever_still_has_room() -> None:
 
     assert most_that_fit(range(4), size, 9) == [0, 2, 3]
     assert most_that_fit(range(4), size, 18) == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="empty tables take 1 bytes"):
+    with pytest.raises(BudgetOutOfReach, match="empty tables take 1 bytes"):
         most_that_fit([1], lambda chosen: len(chosen) + 1, 0)
 
 

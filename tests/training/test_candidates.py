@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.budget import BudgetOutOfReach
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
 from recemb.data.batch import Batch
 from recemb.evaluation import metrics
@@ -190,7 +191,7 @@ def test_repaired_candidates_fit_their_budget_closely_and_never_grow(
 
 def test_a_budget_below_one_column_a_table_is_refused() -> None:
     bytes_of = CandidateBytes(half_the_rows(), NAMES)
-    with pytest.raises(ValueError, match="one column of every table takes"):
+    with pytest.raises(BudgetOutOfReach, match="one column of every table takes"):
         bytes_of.fit((8, 8, 8, 8), bytes_of.smallest() - 1, random.Random(0))
 
 
