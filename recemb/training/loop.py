@@ -25,9 +25,14 @@ from recemb.training.metrics_log import StepLog
 from recemb.training.progress import Progress
 from recemb.training.randomness import random_state, restore_random_state
 from recemb.training.schedule import LearningRateSchedule
-from recemb.training.stopping import EarlyStopping
+from recemb.training.stopping import Diverged, EarlyStopping
 
 logger = logging.getLogger(__name__)
+
+_LOWER_RATES = (
+    "Lower optimizer.embedding.learning_rate and optimizer.dense.lr, or raise trainer.schedule.warmup_steps; the last "
+    "checkpoint is from before"
+)
 
 
 class Loader(Protocol):
@@ -168,7 +173,8 @@ class TrainingLoop:
         """Train to the end.
 
         Raises:
-            ValueError: the loss is not finite; names step, epoch, rows and the likely cause.
+            Diverged: the loss or, at a validation, a weight is not finite; names step, rows and what to change.
+            ValueError: the loss is not finite because a numeric column is not; names step and row.
             OSError: a checkpoint or log could not be written; the last checkpoint is whole.
         """
         if self.settings.validate_start and self.checkpoints.last is None:
@@ -194,7 +200,7 @@ class TrainingLoop:
         # Before backward(), which would write NaN into the tables. On CUDA looking stalls the device: there the
         # window is looked at when it is logged.
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise ValueError(self._diagnose(self.step, loss.item(), batch))
+            raise self._diagnose(self.step, loss.item(), batch)
         objective = loss
         for group in self._groups:
             if (penalty := group.penalty()) is not None:
@@ -230,13 +236,22 @@ class TrainingLoop:
             self._start_clocks()
 
     def _validate(self, log: StepLog) -> None:
-        metrics = self.validate()
+        try:
+            metrics = self.validate()
+        except ValueError as error:
+            # The last step may have written what no loss has met yet.
+            if self._is_finite():
+                raise
+            raise Diverged(f"validation after step {self.step}: {error}. {_LOWER_RATES}") from error
         best = all(group.settled for group in self._groups) and self.stopping.update(self.step, metrics)
         log.write(self.step, "validation", metrics)
         shown = ", ".join(_shown(name, value) for name, value in metrics.items())
         earlier = self.stopping.best_value
         so_far = " (best)" if best else "" if earlier is None else f" (best {earlier:.5f})"
         logger.info("step %d: validation %s%s", self.step, shown, so_far)
+
+    def _is_finite(self) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.model.parameters())
 
     def _start_clocks(self) -> None:
         self._clock, self._cpu_clock = time.perf_counter(), time.process_time()
@@ -245,7 +260,7 @@ class TrainingLoop:
         losses = torch.stack(self._window).tolist()
         for index, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise ValueError(self._diagnose(self.step - len(losses) + index, loss, None))
+                raise self._diagnose(self.step - len(losses) + index, loss, None)
         elapsed = time.perf_counter() - self._clock
         self.seconds += elapsed
         self.cpu_seconds += time.process_time() - self._cpu_clock
@@ -279,7 +294,7 @@ class TrainingLoop:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         self.checkpoints.save(self.step, tensors, state, best_step=self.stopping.best_step)
 
-    def _diagnose(self, step: int, loss: float, batch: Batch | None) -> str:
+    def _diagnose(self, step: int, loss: float, batch: Batch | None) -> ValueError:
         epoch, index = divmod(step - self._first_step, self._steps_per_epoch)
         first = index * self.settings.batch_size
         rows = len(batch.labels) if batch is not None else self.settings.batch_size
@@ -288,11 +303,10 @@ class TrainingLoop:
         )
         if batch is not None and not torch.isfinite(batch.dense).all():
             row, column = (~torch.isfinite(batch.dense)).nonzero()[0].tolist()
-            return f"{text}numeric column {column} of row {first + row} is {batch.dense[row, column].item()}"
-        return (
-            f"{text}the model diverged. Lower optimizer.embedding.learning_rate and optimizer.dense.lr, or "
-            "raise trainer.schedule.warmup_steps; the last checkpoint is from before"
-        )
+            return ValueError(
+                f"{text}numeric column {column} of row {first + row} is {batch.dense[row, column].item()}"
+            )
+        return Diverged(f"{text}the model diverged. {_LOWER_RATES}")
 
 
 def _shown(name: str, value: float) -> str:

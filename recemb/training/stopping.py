@@ -6,6 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+# Metric that may stop a training -> 1 where higher is better, -1 where lower is.
+SIGNS = {"auc": 1, "gauc": 1, "logloss": -1}
+
+
+class Diverged(ValueError):
+    """A model's numbers are no longer finite: a finding about its settings, where other errors are mistakes."""
+
 
 class EarlyStopping:
     """Remembers the best validation and says when waiting for a better one has lasted long enough.
@@ -22,7 +29,7 @@ class EarlyStopping:
     """
 
     def __init__(self, *, metric: str = "auc", patience: int | None = 2, min_delta: float = 0.0) -> None:
-        if metric not in ("auc", "gauc", "logloss"):
+        if metric not in SIGNS:
             raise ValueError(f"stopping: metric must be 'auc', 'gauc' or 'logloss', got {metric!r}")
         if patience is not None and patience < 1:
             raise ValueError(f"stopping: patience must be at least 1, or None for never, got {patience}")
@@ -43,16 +50,17 @@ class EarlyStopping:
         """Take in the metrics of a validation after ``step`` steps; True when they are the best so far.
 
         Raises:
-            ValueError: the metric is missing or not finite.
+            ValueError: the metric is missing.
+            Diverged: it is not finite.
         """
         if self.metric not in metrics:
             raise ValueError(f"stopping: validation gave {sorted(metrics)}, not {self.metric!r}")
         value = float(metrics[self.metric])
         if not math.isfinite(value):
-            raise ValueError(f"stopping: validation {self.metric} after step {step} is {value}")
+            raise Diverged(f"stopping: validation {self.metric} after step {step} is {value}")
         gain = 0.0
         if self.best_value is not None:
-            gain = self.best_value - value if self.metric == "logloss" else value - self.best_value
+            gain = SIGNS[self.metric] * (value - self.best_value)
         if self.best_value is None or gain > self.min_delta:
             self.best_value, self.best_step = value, step
             self.validations_without_improvement = 0

@@ -14,7 +14,7 @@ from recemb.training.loop import LoopSettings, TrainingLoop
 from recemb.training.metrics_log import MetricsLog, read_metrics
 from recemb.training.progress import Progress
 from recemb.training.schedule import LearningRateSchedule
-from recemb.training.stopping import EarlyStopping
+from recemb.training.stopping import Diverged, EarlyStopping
 from tests.training.small import ListLoader, batches, model_and_optimizer
 
 
@@ -236,15 +236,33 @@ def test_a_loss_that_is_not_finite_names_step_epoch_and_rows_and_leaves_the_chec
         train_step(batch)
 
     loop._train_step = poison
-    with pytest.raises(ValueError, match=r"loss is nan in step 14, epoch 1, rows 64 to 79 .*learning_rate"):
+    with pytest.raises(Diverged, match=r"loss is nan in step 14, epoch 1, rows 64 to 79 .*learning_rate"):
         run(loop, tmp_path)
     assert load_state(loop.checkpoints.last)["step"] == 12
     assert all(torch.isfinite(tensor).all() for tensor in loop.model.embeddings.state_dict().values())
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_validation_fails_by_divergence_where_the_last_step_left_a_row_that_is_not_finite(tmp_path, poisoned):
+    loop = make_loop(tmp_path, validate_every_steps=3)
+
+    def validate() -> Mapping[str, float]:
+        if poisoned:
+            loop.model.embeddings.embedding_bags["t_C1"].weight.data[7, 1] = float("inf")
+        raise ValueError("logit of its row 4 is inf")
+
+    loop.validate = validate
+    with pytest.raises(ValueError, match="logit of its row 4 is inf") as caught:
+        run(loop, tmp_path)
+    assert isinstance(caught.value, Diverged) == poisoned
 
 
 def test_a_number_that_is_not_finite_is_named_with_its_column_and_row(tmp_path):
     data = batches(4)
     data[2].dense[5, 1] = float("inf")
     loop = make_loop(tmp_path, data=data, epochs=1)
-    with pytest.raises(ValueError, match=r"step 2, epoch 0, rows 32 to 47 .*numeric column 1 of row 37 is inf"):
+    with pytest.raises(
+        ValueError, match=r"step 2, epoch 0, rows 32 to 47 .*numeric column 1 of row 37 is inf"
+    ) as caught:
         run(loop, tmp_path)
+    assert not isinstance(caught.value, Diverged)
