@@ -1,9 +1,12 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, in folders that one process at a time writes."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,26 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """``content`` as indented JSON, atomically; ValueError for NaN and infinities, which JSON has not."""
     write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes from writing into ``folder``; the lock of a killed process is gone with it.
+
+    Args:
+        folder: made where it is missing.
+        what: it holds, for the error.
+
+    Raises:
+        RuntimeError: another process is writing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{folder}: another process is writing this {what}; wait for it or end it") from error
+        yield
 
 
 def sync_folder(path: Path) -> None:

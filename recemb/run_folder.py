@@ -7,14 +7,13 @@ memory.json  *.png  report.md  results.json       results.json is written last: 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import nn
 from recemb.assembly import ModelInputs, build_model
 from recemb.checkpoint import STATE_FILE, Checkpoints, load_model_tensors, load_state
 from recemb.config import TrainConfig, build_target
-from recemb.files import write_atomically, write_json
+from recemb.files import locked, write_atomically, write_json
 from recemb.memory import MemoryReport
 from recemb.method import Method, method_class
 from recemb.plan import CompressionPlan
@@ -46,22 +45,9 @@ class RunFolder:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from writing into this run; the lock of a killed process is gone with it.
-
-        Raises:
-            RuntimeError: another process is writing.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RuntimeError(
-                    f"{self.path}: another process is writing this run; wait for it or end it"
-                ) from error
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing into this run, see ``recemb.files.locked``."""
+        return locked(self.path, "run")
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Write config and environment of a new run.
