@@ -63,11 +63,15 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
             # Before Hydra, which would make the folder of a mistyped name.
             if not (Path(folder) / "config.yaml").is_file():
                 raise FileNotFoundError(f"resume={folder}: not the folder of a run (no config.yaml)")
-            # Quoted for Hydra's grammar: a path may hold characters that mean something to it.
-            quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
-            result[-1] = f"resume='{quoted}'"
-            result.append(f"hydra.run.dir='{quoted}'")
+            result[-1] = f"resume={quoted(folder)}"
+            result.append(f"hydra.run.dir={quoted(folder)}")
     return result
+
+
+def quoted(path: str) -> str:
+    """For Hydra's grammar: a path may hold characters that mean something to it."""
+    escaped = path.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def run(task: Callable[[dict[str, Any]], Any], config_name: str) -> None:

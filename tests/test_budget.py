@@ -124,7 +124,9 @@ def test_tables_that_stay_full_count_against_the_budget() -> None:
 
 
 def test_unreachable_budgets_name_the_smallest_size() -> None:
-    with pytest.raises(BudgetOutOfReach, match=r"budget of 50 bytes cannot be met: the smallest Unified .* takes 80 bytes"):
+    with pytest.raises(
+        BudgetOutOfReach, match=r"budget of 50 bytes cannot be met: the smallest Unified .* takes 80 bytes"
+    ):
         fit_to_budget(TABLES, Unified, 50)
     with pytest.raises(BudgetOutOfReach, match="Full takes 67,200 bytes and has no smaller form"):
         fit_to_budget(TABLES, Full, 60_000)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from multiprocessing import parent_process
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -23,10 +26,34 @@ def composed(overrides: Sequence[str]) -> dict[str, Any]:
     return content
 
 
+def names_of(group: str, overrides: Sequence[str]) -> list[str]:
+    """Configs of a group: the package's, and those of folders that ``hydra.searchpath`` among ``overrides`` adds."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        return loader.get_group_options(group, config_name="train", overrides=list(overrides))
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: a killed study must not leave its trainings behind."""
+    parent = parent_process()
+    assert parent is not None, "for processes that multiprocessing started"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def train_cell(overrides: Sequence[str]) -> dict[str, Any]:
-    """results.json of ``python -m recemb.train OVERRIDES``, or ``{"refused": why}`` for a budget out of reach."""
-    result = _train(overrides, test=True)
-    if "refused" not in result:
+    """results.json of ``python -m recemb.train OVERRIDES``, or why there is none.
+
+    That is ``{"refused": why}`` for a budget out of reach and ``{"diverged": where}`` for a model that diverged.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = _trained(composed([*overrides, f"paths.run={folder}/run"]), test=True)
+    if "test" in result:
         # Folders of this machine.
         result.pop("run")
         result["data"].pop("path")
@@ -34,20 +61,26 @@ def train_cell(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def try_setting(overrides: Sequence[str]) -> dict[str, Any]:
-    """``{"validation_auc": best}`` of a training that leaves the test split alone, or ``{"refused": why}``."""
-    result = _train(overrides, test=False)
-    return result if "refused" in result else {"validation_auc": result["validation"]["auc"]}
+    """``{"validation_auc": best}`` of a training that leaves the test split alone, or as ``train_cell`` why not.
 
-
-def _train(overrides: Sequence[str], *, test: bool) -> dict[str, Any]:
-    from recemb.training.run import train
-
+    Named after the metric that stops the training: ``validation_gauc`` or ``validation_logloss`` where it is another.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        content: Mapping[str, Any] = composed([*overrides, f"paths.run={folder}/run"])
-        try:
-            return train(content, test=test)
-        except ValueError as error:
-            # A budget below what a method can reach is a finding of the study, not a failure of it.
-            if "budget" not in str(error):
-                raise
-            return {"refused": str(error)}
+        content = composed([*overrides, f"paths.run={folder}/run"])
+        result = _trained(content, test=False)
+    metric = content["trainer"]["stopping"]["metric"]
+    return {f"validation_{metric}": result["validation"][metric]} if "validation" in result else result
+
+
+def _trained(content: Mapping[str, Any], *, test: bool) -> dict[str, Any]:
+    from recemb.budget import BudgetOutOfReach
+    from recemb.training.run import train
+    from recemb.training.stopping import Diverged
+
+    try:
+        return train(content, test=test)
+    # Both are findings of the study, not failures of it.
+    except BudgetOutOfReach as error:
+        return {"refused": str(error)}
+    except Diverged as error:
+        return {"diverged": str(error)}

@@ -32,9 +32,10 @@ class Recommendation:
     def text(self) -> str:
         """For people."""
         best = self.best
+        seeds = f" over {len(best.auc)} seeds" if len(best.auc) > 1 else ""
         lines = [
             f"Within {self.budget_bytes:,} bytes take {best.method} ({best.name}): {best.serving_bytes:,} bytes "
-            f"({best.ratio:.1f}x), test AUC {best.mean_auc:.4f} over {len(best.auc)} seeds (sd {best.auc_spread:.4f})."
+            f"({best.ratio:.1f}x), test AUC {best.mean_auc:.4f}{seeds} ({best.certainty})."
         ]
         if self.loss_to_full is not None:
             lines.append(f"Full tables: {self.loss_to_full:+.4f} AUC against it.")

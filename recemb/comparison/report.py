@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from recemb.budget import parse_budget
+from recemb.comparison.data_set import in_words
 from recemb.comparison.figures import auc_figure, components_figure, throughput_figure, training_auc_figure
 from recemb.comparison.recommendation import recommend
 from recemb.comparison.study import Study
@@ -40,9 +41,12 @@ def write_report(study: Study) -> str:
         if settings
         else "No run was tuned: all have the same settings"
     )
+    cells = [cell for _, found in study.cells() for cell in found]
+    data = list(dict.fromkeys(in_words(cell["data"]) for cell in cells if "data" in cell))
     content = [
         f"# {name}",
         text,
+        *([f"Data: {'; '.join(data)}."] if data else []),
         f"{tuning}; the test split was read once a cell. ± is one standard deviation over seeds.",
         "Test AUC, a column a budget (-: the method cannot be so small; bold: the best there):",
         budget_table(runs),
@@ -60,8 +64,7 @@ def reading(runs: Sequence[RunSummary]) -> str:
     sentences = []
     if full is not None:
         sentences.append(
-            f"Full tables ({full.serving_bytes:,} bytes) reach a test AUC of {full.mean_auc:.4f} "
-            f"(sd {full.auc_spread:.4f})."
+            f"Full tables ({full.serving_bytes:,} bytes) reach a test AUC of {full.mean_auc:.4f} ({full.certainty})."
         )
     for budget in budgets_of(trained):
         limit = max(run.serving_bytes for run in trained if run.budget == budget)
@@ -88,9 +91,16 @@ def reading(runs: Sequence[RunSummary]) -> str:
         f"Training ran at {statistics.median(fastest.samples_per_cpu_second):,.0f} samples a CPU second with "
         f"{fastest.name} and {statistics.median(slowest.samples_per_cpu_second):,.0f} with {slowest.name}."
     )
-    if refused := [run.name for run in runs if run.refused is not None]:
-        sentences.append(f"Out of reach: {', '.join(refused)}.")
+    if refused := [run for run in runs if run.out_of_reach or (run.refused is not None and not run.diverged)]:
+        sentences.append(f"Out of reach: {', '.join(_seeds(run, run.out_of_reach) for run in refused)}.")
+    if diverged := [run for run in runs if run.diverged]:
+        sentences.append(f"Diverged: {', '.join(_seeds(run, run.diverged) for run in diverged)}.")
     return " ".join(sentences)
+
+
+def _seeds(run: RunSummary, lost: int) -> str:
+    seeds = len(run.auc) + run.out_of_reach + run.diverged
+    return run.name if lost == seeds else f"{run.name} ({lost} of {seeds} seeds)"
 
 
 def _by_training_bytes(runs: Sequence[RunSummary], full: RunSummary, full_bytes: int) -> list[str]:

@@ -19,7 +19,8 @@ class RunSummary:
         name: of the run.
         method: of its tables.
         budget: as asked for, None where none was.
-        refused: why it could not be trained, None where it was; everything below is then empty or zero.
+        refused: why no seed of it could be trained, None where one was; everything below is then empty or zero, but for
+            ``out_of_reach`` and ``diverged``.
         setting: chosen on the validation split.
         tuning_trials: trainings that chose it.
         auc, logloss: of the test split, one a seed.
@@ -33,6 +34,8 @@ class RunSummary:
         search_cost: CPU time of a search before its last training, in trainings like that one; one a seed, empty for
             methods that search nothing.
         gauc: AUC inside users on the test split, one a seed; empty where no user is known or has both classes.
+        out_of_reach: seeds whose budget could not be met; a search may meet it with others.
+        diverged: seeds whose model diverged.
     """
 
     name: str
@@ -52,6 +55,8 @@ class RunSummary:
     search_cost: tuple[float, ...] = ()
     gauc: tuple[float, ...] = ()
     training_bytes: int | None = None
+    out_of_reach: int = 0
+    diverged: int = 0
 
     @property
     def mean_auc(self) -> float:
@@ -61,6 +66,11 @@ class RunSummary:
     def auc_spread(self) -> float:
         """Standard deviation over seeds; 0 for one seed."""
         return statistics.stdev(self.auc) if len(self.auc) > 1 else 0.0
+
+    @property
+    def certainty(self) -> str:
+        """``auc_spread`` for people; one seed says nothing of it."""
+        return f"sd {self.auc_spread:.4f}" if len(self.auc) > 1 else "one seed"
 
     @property
     def ratio(self) -> float:
@@ -77,8 +87,21 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
     chosen = dict(text.split("=", 1) for text in first["overrides"] if "=" in text)
     method = chosen.get("embedding", name)
     budget = chosen.get("embedding.budget")
-    if "refused" in first:
-        return RunSummary(name, method, budget, first["refused"], tuple(setting), first["tuning_trials"])
+    refused = [cell["refused"] for cell in cells if "refused" in cell]
+    diverged = [f"diverged: {cell['diverged']}" for cell in cells if "diverged" in cell]
+    if len(refused) + len(diverged) == len(cells):
+        return RunSummary(
+            name,
+            method,
+            budget,
+            (refused or diverged)[0],
+            tuple(setting),
+            first["tuning_trials"],
+            out_of_reach=len(refused),
+            diverged=len(diverged),
+        )
+    cells = [cell for cell in cells if "test" in cell]
+    first = cells[0]
     embedding = first["embedding"]
     parts = [
         (part, _mean_bytes(cells, f"{part}_bytes"))
@@ -106,6 +129,8 @@ def _summary(name: str, cells: Sequence[dict[str, Any]], setting: Sequence[str])
         ),
         search_cost=tuple(cell["search"]["cpu_trainings"] for cell in cells if "search" in cell),
         training_bytes=_training_bytes(cells),
+        out_of_reach=len(refused),
+        diverged=len(diverged),
     )
 
 
@@ -124,7 +149,7 @@ def _training_bytes(cells: Sequence[dict[str, Any]]) -> int | None:
 
 
 def table(runs: Sequence[RunSummary]) -> str:
-    """The study as one Markdown table, refused runs included."""
+    """The study as one Markdown table, runs and seeds that could not be trained included."""
     tuned = any(run.setting for run in runs)
     known = any(run.best_possible_auc is not None for run in runs)
     searched = any(run.search_cost for run in runs)
@@ -151,7 +176,8 @@ def table(runs: Sequence[RunSummary]) -> str:
         values.append(f"{statistics.median(run.samples_per_cpu_second):,.0f}")
         if searched:
             values.append(f"{statistics.median(run.search_cost):.1f}" if run.search_cost else "-")
-        values.append(str(len(run.auc)))
+        lost = [(run.out_of_reach, "out of reach"), (run.diverged, "diverged")]
+        values.append(", ".join([str(len(run.auc)), *(f"{count} {why}" for count, why in lost if count)]))
         lines.append(f"| {' | '.join(values)} |")
     return "\n".join(lines)
 
@@ -166,8 +192,8 @@ def budgets_of(runs: Sequence[RunSummary]) -> list[str]:
 def budget_table(runs: Sequence[RunSummary]) -> str:
     """Test AUC as a Markdown table, a line a method and a column a budget, the best of each budget in bold.
 
-    "-" where a method cannot be so small, empty where it was not trained. Full tables and runs without a budget have
-    lines of their own, with their ratio.
+    "-" where a method cannot be so small, "diverged" where every seed did, empty where it was not trained. Full tables
+    and runs without a budget have lines of their own, with their ratio.
     """
     budgets = budgets_of(runs)
     trained = [run for run in runs if run.refused is None]
@@ -183,10 +209,16 @@ def budget_table(runs: Sequence[RunSummary]) -> str:
         values = []
         for budget in budgets:
             found = next((run for run in runs if (run.method, run.budget) == (method, budget)), None)
-            text = "" if found is None else "-" if found.refused is not None else spread(found.auc)
+            text = "" if found is None else _auc(found)
             values.append(f"**{text}**" if found is not None and found is best[budget] else text)
         lines.append(f"| {method} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def _auc(run: RunSummary) -> str:
+    if run.refused is None:
+        return spread(run.auc)
+    return "diverged" if run.diverged else "-"
 
 
 def spread(values: Sequence[float]) -> str:

@@ -25,13 +25,7 @@ def common_results(
         manifest: of the data set.
         training_bytes: values of the tables and their optimizer state, in the training that held most.
     """
-    data: dict[str, Any] = {
-        "source": manifest.source,
-        "path": str(manifest.root.resolve()),
-        "rows": {name: split.rows for name, split in manifest.splits.items()},
-        "numeric_features": len(manifest.numeric),
-        "categorical_features": len(manifest.categorical),
-    }
+    data = {**data_figures(manifest), "path": str(manifest.root.resolve())}
     if manifest.optimum is not None:
         data["optimum"] = dict(manifest.optimum)
     return {
@@ -54,6 +48,16 @@ def common_results(
         },
         "data": data,
         "git": git_state(),
+    }
+
+
+def data_figures(manifest: Manifest) -> dict[str, Any]:
+    """Source, rows of every split and number of features of a data set."""
+    return {
+        "source": manifest.source,
+        "rows": {name: split.rows for name, split in manifest.splits.items()},
+        "numeric_features": len(manifest.numeric),
+        "categorical_features": len(manifest.categorical),
     }
 
 

@@ -17,6 +17,8 @@ def run(
     budget: str | None = "10x",
     refused: str | None = None,
     training: int | None = None,
+    out_of_reach: int = 0,
+    diverged: int = 0,
 ) -> RunSummary:
     return RunSummary(
         name=name,
@@ -31,6 +33,8 @@ def run(
         full_bytes=1000,
         samples_per_cpu_second=tuple(float(size) for _ in auc),
         training_bytes=training,
+        out_of_reach=out_of_reach,
+        diverged=diverged,
     )
 
 
@@ -125,3 +129,27 @@ def test_a_column_a_budget_with_its_best_in_bold() -> None:
         "| robe | 0.7907 ± 0.0010 |  |",
         "| path |  | - |",
     ]
+
+
+def test_one_seed_is_named_as_such_and_has_no_spread() -> None:
+    runs = [run("full", 1000, (0.8,), budget=None), run("unified-10x", 100, (0.79,))]
+    assert recommend(runs, 100).text().splitlines()[0].endswith("100 bytes (10.0x), test AUC 0.7900 (one seed).")
+    assert reading(runs).startswith("Full tables (1,000 bytes) reach a test AUC of 0.8000 (one seed).")
+    text = recommend(RUNS, 100).text()
+    assert text.splitlines()[0].endswith("test AUC 0.7910 over 3 seeds (sd 0.0010).")
+
+
+def test_seeds_that_diverged_or_were_out_of_reach_are_counted_wherever_a_run_is_shown() -> None:
+    runs = [
+        *RUNS,
+        run("pep-10x", 100, (0.78, 0.78), out_of_reach=1),
+        run("memcom-10x", 100, (0.78,), diverged=2),
+        run("cce-10x", 0, (), refused="diverged: loss is inf in step 3", diverged=3),
+    ]
+    assert reading(runs).endswith(
+        "Out of reach: path-100x, pep-10x (1 of 3 seeds). Diverged: memcom-10x (2 of 3 seeds), cce-10x."
+    )
+    lines = {line.split(" | ")[0]: line for line in table(runs).splitlines()}
+    assert lines["| pep-10x"].endswith("| 2, 1 out of reach |") and lines["| memcom-10x"].endswith("| 1, 2 diverged |")
+    assert lines["| cce-10x"].startswith("| cce-10x | diverged: loss is inf in step 3 |")
+    assert "| cce | diverged |  |" in budget_table(runs).splitlines()

@@ -58,3 +58,21 @@ def test_bytes_and_their_parts_are_means_over_seeds() -> None:
     summary = summary_of([cell(first), cell({**second, "optimizer_bytes": 20})])
     assert (summary.serving_bytes, summary.optimizer_bytes) == (80, 15)
     assert dict(summary.components) == {"table": 55, "index": 25}
+
+
+def lost(**why: str) -> dict[str, Any]:
+    return {"overrides": ["embedding=unified", "embedding.budget=10x"], "tuning_trials": 0, **why}
+
+
+def test_seeds_without_figures_are_left_out_of_the_means_and_counted() -> None:
+    cells = [lost(refused="budget of 1 bytes"), cell(), lost(diverged="loss is nan"), cell({"bytes": 200})]
+    summary = summary_of(cells)
+    assert (summary.refused, summary.out_of_reach, summary.diverged) == (None, 1, 1)
+    assert (summary.auc, summary.serving_bytes, summary.budget) == ((0.8, 0.8), 150, "10x")
+
+
+def test_a_run_of_which_no_seed_was_trained_says_why() -> None:
+    summary = summary_of([lost(refused="budget of 1 bytes"), lost(refused="budget of 1 bytes")])
+    assert (summary.refused, summary.out_of_reach, summary.auc) == ("budget of 1 bytes", 2, ())
+    summary = summary_of([lost(diverged="loss is nan in step 3")])
+    assert (summary.refused, summary.diverged) == ("diverged: loss is nan in step 3", 1)
