@@ -50,12 +50,13 @@ class Bags:
         """The bags of a KeyedJaggedTensor whose keys are already in the method's order.
 
         Args:
-            features: ids.
+            features: int64 or int32 ids.
             allow_single: use the ``single`` layout where it applies; False keeps ids feature after feature.
         """
         num_features, batch_size = len(features.keys()), features.stride()
         values, lengths = features.values(), features.lengths().view(num_features, batch_size)
         weights = features.weights_or_none()
+        values = values.to(torch.int64) if values.dtype == torch.int32 else values
         single = allow_single and weights is None and values.numel() == lengths.numel() and bool((lengths == 1).all())
         if single:
             values = values.view(num_features, batch_size).t().contiguous()

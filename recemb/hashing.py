@@ -39,7 +39,12 @@ def mix(ids: Tensor, salts: Tensor) -> Tensor:
     """Scramble int64 ``ids`` with int64 ``salts`` (broadcast) to 64 uniform bits, as int64.
 
     A bijection of the id for every salt, so distinct ids never collide before the reduction to slots.
+
+    Raises:
+        ValueError: ids of another dtype, whose products would wrap around at fewer bits.
     """
+    if ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64 to be hashed, got {ids.dtype}")
     bits = ids * _GOLDEN_GAMMA
     # Salting after the first multiplication keeps ids of two salts from being shifted copies of each other.
     bits = bits ^ salts if bits.shape != torch.broadcast_shapes(bits.shape, salts.shape) else bits.bitwise_xor_(salts)

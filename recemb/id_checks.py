@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -57,9 +56,9 @@ class IdChecks:
             )
             wrong = (values < 0) | (values > limits)
         if bool(wrong.any()):
-            self._fail(features, values)
+            self._fail(features)
 
-    def _fail(self, features: KeyedJaggedTensor, values: Tensor) -> None:
+    def _fail(self, features: KeyedJaggedTensor) -> None:
         for name, table, last in zip(self._names, self._tables, self._last.tolist(), strict=True):
             bags = features[name]
             ids = bags.values()

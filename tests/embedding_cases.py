@@ -49,11 +49,13 @@ def small_tables(dim: int = 8) -> list[EmbeddingBagConfig]:
     ]
 
 
-def bags(keys: Sequence[str], ids: Sequence[Sequence[Sequence[int]]]) -> KeyedJaggedTensor:
+def bags(
+    keys: Sequence[str], ids: Sequence[Sequence[Sequence[int]]], dtype: torch.dtype = torch.int64
+) -> KeyedJaggedTensor:
     """ids[f][b] is the bag of feature f in sample b."""
     return KeyedJaggedTensor(
         keys=list(keys),
-        values=torch.tensor([i for feature in ids for bag in feature for i in bag], dtype=torch.int64),
+        values=torch.tensor([i for feature in ids for bag in feature for i in bag], dtype=dtype),
         lengths=torch.tensor([len(bag) for feature in ids for bag in feature], dtype=torch.int32),
     )
 

@@ -58,6 +58,12 @@ def test_inputs_are_left_alone() -> None:
     assert torch.equal(ids, torch.arange(10))
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_ids_of_fewer_bits_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"ids must be int64 to be hashed, got {dtype}"):
+        hash_to_slots(torch.arange(10, dtype=dtype), torch.tensor(5), 7)
+
+
 def test_mixing_never_merges_two_ids() -> None:
     assert torch.unique(mix(torch.arange(200_000), torch.tensor(salt("a")))).numel() == 200_000
 

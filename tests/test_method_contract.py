@@ -110,6 +110,17 @@ def test_keys_may_come_in_any_order_and_with_others(method: Method) -> None:
     assert torch.equal(call(collection, shuffled), call(collection, features))
 
 
+@pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
+def test_int32_ids_have_the_vectors_of_int64_ids(method: Method, ids: list[list[list[int]]]) -> None:
+    collection = build(method).eval()
+    expected = collection(bags(KEYS, ids)).values()
+    narrow = bags(KEYS, ids, torch.int32)
+    assert torch.equal(collection(narrow).values(), expected)
+    fused, _ = prepare(collection, EmbeddingOptimizer("sgd", 0.1), DENSE)
+    assert torch.equal(fused(narrow).values(), expected)
+    assert narrow.values().dtype == torch.int32
+
+
 def test_every_trainable_parameter_gets_a_gradient(method: Method) -> None:
     collection = build(method)
     # Many ids, so that every table is read somewhere; random weights, so that no gradient cancels.

@@ -66,6 +66,14 @@ def test_a_batch_of_no_samples_gives_no_vectors(method: Method) -> None:
             assert vectors.lengths().tolist() == [] and vectors.offsets().tolist() == [0]
 
 
+@CASES
+def test_int32_ids_have_the_vectors_of_int64_ids(method: Method, ids: list[list[list[int]]]) -> None:
+    collection = CompressedEmbeddingCollection(TABLES, method).eval()
+    expected, output = collection(bags(KEYS, ids)), collection(bags(KEYS, ids, torch.int32))
+    for key in KEYS:
+        assert torch.equal(output[key].values(), expected[key].values())
+
+
 def test_target_and_history_share_rows_and_train_fused(method: Method) -> None:
     collection = CompressedEmbeddingCollection(TABLES, method)
     model, optimizer = prepare(collection, EmbeddingOptimizer("sgd", 0.1), partial(torch.optim.SGD, lr=0.1))
