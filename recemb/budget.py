@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ def parse_budget(budget: float | int | str, full_bytes: int) -> int:
         number = -1.0
     if 0 < number <= 1:
         return _share(number, full_bytes, budget)
-    if number > 1 and number == int(number):
+    if number > 1 and number.is_integer():
         return int(number)
     raise ValueError(
         "budget must be a ratio of at least 1 ('10x'), a fraction in (0, 1] (0.1) or bytes (50000000, '50MB'), "
@@ -66,7 +67,7 @@ def parse_bytes(size: int | str) -> int:
 
 def _with_unit(text: str) -> int | None:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgt]i?b)", text)
-    return int(float(match[1]) * _UNITS[match[2]]) if match else None
+    return int(size) if match and math.isfinite(size := float(match[1]) * _UNITS[match[2]]) else None
 
 
 def _share(fraction: float, full_bytes: int, budget: float | int | str) -> int:
