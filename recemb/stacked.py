@@ -146,11 +146,18 @@ def proportional_rows(tables: Sequence[EmbeddingBagConfig], num_embeddings: int)
 
 
 def proportional_range(tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
-    """Useful range of ``num_embeddings`` in ``proportional_rows``: from one row a table to full tables."""
-    bounded = [table.num_embeddings for table in tables if table.num_embeddings < UNBOUNDED]
-    if not bounded:
+    """Useful range of ``num_embeddings`` in ``proportional_rows``: from one row a table to full tables.
+
+    Unbounded ids have no full table: where there are any, a budget is used up however small the other tables are.
+    """
+    if has_unbounded(tables):
         return 1, 1 << 33
-    return 1, sum(bounded) + (len(tables) - len(bounded)) * max(bounded)
+    return 1, sum(table.num_embeddings for table in tables)
+
+
+def has_unbounded(tables: Sequence[EmbeddingBagConfig]) -> bool:
+    """Whether a table has 64-bit hashes for ids, which any number of rows serves."""
+    return any(table.num_embeddings == UNBOUNDED for table in tables)
 
 
 def start_variance(table: EmbeddingBagConfig) -> float:

@@ -6,19 +6,22 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from recemb.budget import BudgetOutOfReach, fit_to_budget, parse_budget
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.memory import estimate_memory, full_table_bytes, measure_memory
-from recemb.method import UNBOUNDED, Method
+from recemb.method import UNBOUNDED, Method, method_class
 from recemb.methods.full import Full
 from recemb.methods.robe import Robe
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
-from tests.embedding_cases import small_tables, table
+from tests.embedding_cases import embedding_configs, load_embedding_config, small_tables, table
 
 TABLES = [table("a", 1000, dim=16), table("b", 50, dim=16)]
+METHODS = {name: instantiate(load_embedding_config(name)["method"]) for name in embedding_configs()}
+HASHING = {name: method for name, method in METHODS.items() if method_class(method).supports_unbounded}
 
 
 def test_full_tables_by_hand() -> None:
@@ -83,6 +86,13 @@ def test_a_budget_is_met_where_full_tables_are_larger_than_a_method_can_number()
     assert 0.98 * 51_200_000_000 < size <= 51_200_000_000
 
 
+@pytest.mark.parametrize("method", HASHING.values(), ids=HASHING)
+def test_unbounded_ids_use_a_budget_up_beside_a_small_table(method: Method) -> None:
+    tables = [table("ad", UNBOUNDED, dim=16), table("hour", 24, dim=16)]
+    report = estimate_memory(tables, fit_to_budget(tables, method, 50_000_000))
+    assert 0.95 * 50_000_000 < report.serving_bytes <= 50_000_000
+
+
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
@@ -94,7 +104,7 @@ def test_budgets_are_parsed(budget: str | float, expected: int) -> None:
     assert parse_budget(budget, 1000) == expected
 
 
-@pytest.mark.parametrize("budget", ["0x", "0.5x", 0, -3, "ten", 2.5, "", "nan", "10 x 3"])
+@pytest.mark.parametrize("budget", ["0x", "0.5x", 0, -3, "ten", 2.5, "", "nan", "10 x 3", "inf", "1e400MB"])
 def test_budgets_that_mean_nothing_are_refused(budget: str | float) -> None:
     with pytest.raises(ValueError, match="budget"):
         parse_budget(budget, 1000)

@@ -24,6 +24,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from recemb.bags import Bags
 from recemb.hashing import MAX_SLOTS, hash_to_slots, mix, salt
 from recemb.method import UNBOUNDED, CompressedTables, full_table_variance, physical_table, uniform_bound
+from recemb.stacked import has_unbounded
 
 _SEED_IDS = 1 << 16
 
@@ -156,9 +157,9 @@ class Robe(CompressedTables):
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
-        bounded = [table for table in tables if table.num_embeddings < UNBOUNDED]
-        floats = sum(table.num_embeddings * table.embedding_dim for table in bounded)
-        return 1, min(floats, MAX_SLOTS) or 1 << 37
+        if has_unbounded(tables):
+            return 1, 1 << 37
+        return 1, min(sum(table.num_embeddings * table.embedding_dim for table in tables), MAX_SLOTS)
 
 
 class _Windows(torch.autograd.Function):

@@ -20,8 +20,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recemb.bags import Bags
-from recemb.hashing import hash_to_slots, salt
+from recemb.hashing import MAX_SLOTS, hash_to_slots, salt
 from recemb.method import UNBOUNDED, CompressedTables, full_table_variance, physical_table, uniform_bound
+from recemb.stacked import has_unbounded
 
 
 class Unified(CompressedTables):
@@ -69,6 +70,8 @@ class Unified(CompressedTables):
             raise ValueError(
                 f"num_embeddings and num_sub_tables must be at least 1, got {num_embeddings} and {num_sub_tables}"
             )
+        if num_embeddings > MAX_SLOTS:
+            raise ValueError(f"num_embeddings must be in [1, {MAX_SLOTS}] rows, got {num_embeddings}")
         lookups = _lookups_per_table(tables, num_lookups)
         width = _common_width(tables, lookups)
         bound = uniform_bound(full_table_variance(tables))
@@ -172,10 +175,11 @@ class Unified(CompressedTables):
 
     @classmethod
     def budget_range(cls, tables: Sequence[EmbeddingBagConfig]) -> tuple[int, int]:
-        bounded = sum(table.num_embeddings for table in tables if table.num_embeddings < UNBOUNDED)
+        if has_unbounded(tables):
+            return 1, 1 << 33
         # k lookups of width D / k: as many bytes as full tables need k times their rows.
         widest = max(table.embedding_dim for table in tables) // 4
-        return 1, max(bounded, 1) * widest if bounded else 1 << 33
+        return 1, min(sum(table.num_embeddings for table in tables) * widest, MAX_SLOTS)
 
 
 def _every(probes: Bags, slots: Tensor, start: int, stride: int) -> tuple[Bags, Tensor]:

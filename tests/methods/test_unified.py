@@ -106,6 +106,7 @@ def test_ids_above_float32_integers_stay_apart() -> None:
     ("options", "message"),
     [
         ({"num_embeddings": 0}, "num_embeddings and num_sub_tables must be at least 1, got 0 and 1"),
+        ({"num_embeddings": 2**40 + 1}, r"num_embeddings must be in \[1, 1099511627776\] rows, got 1099511627777"),
         ({"num_embeddings": 10, "num_lookups": 3}, "must be a multiple of 4, got num_lookups 3"),
         ({"num_embeddings": 10, "num_lookups": {"t_a": 1}}, r"must name every table; missing \['t_b'\]"),
         ({"num_embeddings": 10, "num_lookups": {"t_c": 1}}, r"names tables \['t_c'\]"),
