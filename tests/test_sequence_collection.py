@@ -9,7 +9,7 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
-from recemb.collection import CompressedEmbeddingCollection, compressed_groups
+from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection, compressed_groups
 from recemb.method import Method
 from recemb.methods.full import Full
 from recemb.methods.unified import Unified
@@ -89,7 +89,16 @@ def test_target_and_history_share_rows_and_train_fused(method: Method) -> None:
     assert not torch.equal(after["target"].values(), before["target"].values())
 
 
-def test_unified_sub_tables_give_the_same_vector_to_history_and_target() -> None:
-    method = partial(Unified, num_embeddings=60, num_lookups=2, num_sub_tables=2)
-    output = CompressedEmbeddingCollection(TABLES, method)(bags(KEYS, SINGLE))
+@pytest.mark.parametrize(("num_lookups", "num_sub_tables"), [(2, 2), (1, 2), (2, 3)])
+def test_unified_sub_tables_give_the_same_vector_to_history_and_target(num_lookups: int, num_sub_tables: int) -> None:
+    method = partial(Unified, num_embeddings=60, num_lookups=num_lookups, num_sub_tables=num_sub_tables)
+    collection = CompressedEmbeddingCollection(TABLES, method)
+    output = collection(bags(KEYS, SINGLE))
     assert output["target"].values().shape == (3, 8)
+    same = bags(KEYS, [[[0]], [[4321]], [[4321]], [[3]], [[0]]])
+    output = collection(same)
+    assert torch.equal(output["target"].values(), output["history"].values())
+    pooled = CompressedEmbeddingBagCollection(small_tables(), method)
+    pooled.load_state_dict(collection.state_dict())
+    assert torch.equal(pooled(same)["history"], output["target"].values())
+    assert torch.equal(pooled(same)["target"], output["target"].values())

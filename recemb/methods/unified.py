@@ -6,7 +6,8 @@ NeurIPS 2023, arXiv:2305.12102.
 Differs from the paper: the hash is a frozen 64-bit mixer with multiply-shift reduction where the released code takes
 SipHash and modulo; salts come from table names, so target item and history of one table share their vectors.
 
-Shapes: N ids, B batch, F features, P probes (feature, lookup) of the batch, D embedding_dim, W = D / num_lookups.
+Shapes: N ids, B batch, F features, P probes (feature, lookup) of the batch, D embedding_dim, W = D / num_lookups,
+S num_sub_tables.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ class Unified(CompressedTables):
         num_lookups: k_t, one number or one per table name. More lookups make collisions rarer and rows narrower at the
             same bytes; 1 or 2 for small widths, more for tables with many ids. ``embedding_dim / k_t`` (W) must be a
             multiple of 4 and the same for every table: wider tables take more lookups.
-        num_sub_tables: cuts the rows into this many tables of equal size for sharding; probes take turns.
+        num_sub_tables: S, cuts the rows into this many tables of equal size for sharding. The lookups of all tables
+            take turns: number q of (table, lookup) reads sub-table ``q mod S``, for every feature of the table.
         seed: changes every hash at once.
 
     Raises:
-        ValueError: rows not in [1, 2**40], a width that num_lookups does not divide into multiples of 4,
-            tables of several widths W, an unknown table name in num_lookups.
+        ValueError: rows not in [1, 2**40], more sub-tables than lookups of all tables, a width that num_lookups does
+            not divide into multiples of 4, tables of several widths W, an unknown table name in num_lookups.
 
     Example:
         >>> from torchrec import EmbeddingBagConfig
@@ -74,6 +76,12 @@ class Unified(CompressedTables):
             raise ValueError(f"num_embeddings must be in [1, {MAX_SLOTS}] rows, got {num_embeddings}")
         lookups = _lookups_per_table(tables, num_lookups)
         width = _common_width(tables, lookups)
+        pairs = [(table.name, chunk) for table in tables for chunk in range(lookups[table.name])]
+        if num_sub_tables > len(pairs):
+            raise ValueError(
+                f"num_sub_tables must be at most {len(pairs)} (lookups of all tables), or no id reads some of them, "
+                f"got {num_sub_tables}"
+            )
         bound = uniform_bound(full_table_variance(tables))
         # Sub-tables of equal size, so that no probe has fewer rows to fall on than another.
         self.rows_per_sub_table = -(-num_embeddings // num_sub_tables)
@@ -88,6 +96,13 @@ class Unified(CompressedTables):
         probes = [
             (table.name, chunk) for table in tables for _ in table.feature_names for chunk in range(lookups[table.name])
         ]
+        turns = {pair: number % num_sub_tables for number, pair in enumerate(pairs)}
+        self._sub_tables: Tensor
+        self.register_buffer("_sub_tables", torch.tensor([turns[probe] for probe in probes]), persistent=False)
+        # Probes by sub-table, and how many each has.
+        self._probes_in_turn: Tensor
+        self.register_buffer("_probes_in_turn", torch.argsort(self._sub_tables, stable=True), persistent=False)
+        self._num_probes = [sum(turns[probe] == index for probe in probes) for index in range(num_sub_tables)]
         features = [
             index
             for index, table in enumerate(table for table in tables for _ in table.feature_names)
@@ -106,7 +121,7 @@ class Unified(CompressedTables):
     def slots(self, bags: Bags) -> tuple[Bags, Tensor]:
         """The probes of the batch and their slots within a sub-table, in the order of the probes' ids.
 
-        Probe ``p`` reads sub-table ``p % num_sub_tables``.
+        Probe ``p`` reads sub-table ``_sub_tables[p]``.
         """
         probes = bags if self._one_probe_each else bags.select(self._probe_features)
         return probes, hash_to_slots(probes.ids, probes.per_id(self.salts), self.rows_per_sub_table)
@@ -114,13 +129,12 @@ class Unified(CompressedTables):
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         probes, slots = self.slots(Bags.of(features))
         if len(self.lookups) == 1:
-            return self._read(0, probes, slots)
-        # (B, P * W) with the probes of each sub-table strided by the number of sub-tables.
-        stride = len(self.lookups)
-        parts = [self._read(index, *_every(probes, slots, index, stride)) for index in range(stride)]
-        output = slots.new_empty(probes.batch_size, probes.num_features, self._width, dtype=parts[0].dtype)
-        for index, part in enumerate(parts):
-            output[:, index::stride] = part.view(probes.batch_size, -1, self._width)
+            return self._read(0, probes, slots, self._is_mean_probe)
+        output = slots.new_empty(probes.batch_size, probes.num_features, self._width, dtype=torch.float32)
+        for index, chosen in enumerate(self._probes_in_turn.split(self._num_probes)):
+            mean = None if self._is_mean_probe is None else self._is_mean_probe[chosen]
+            part = self._read(index, *_choose(probes, slots, chosen), mean)
+            output.index_copy_(1, chosen, part.view(probes.batch_size, -1, self._width))
         return output.view(probes.batch_size, -1)
 
     def embed(self, bags: Bags) -> Tensor:
@@ -129,8 +143,7 @@ class Unified(CompressedTables):
         feature_of_id = bags.per_id(torch.arange(bags.num_features, device=bags.ids.device))
         salts_Fk = self.salts.view(bags.num_features, -1)
         slots = hash_to_slots(bags.ids.unsqueeze(1), salts_Fk[feature_of_id], self.rows_per_sub_table)
-        probe_of_slot = feature_of_id.unsqueeze(1) * slots.shape[1] + torch.arange(slots.shape[1], device=slots.device)
-        sub_table = (probe_of_slot % len(self.lookups)).view(-1)
+        sub_table = self._sub_tables.view(bags.num_features, -1)[feature_of_id].view(-1)
         flat, rows = slots.view(-1), []
         order = torch.argsort(sub_table, stable=True) if len(self.lookups) > 1 else None
         counts = torch.bincount(sub_table, minlength=len(self.lookups)).tolist()
@@ -146,6 +159,7 @@ class Unified(CompressedTables):
         sums = [torch.zeros(self.rows_per_sub_table, self._width, device=device) for _ in self.lookups]
         counts = [torch.zeros(self.rows_per_sub_table, device=device) for _ in self.lookups]
         seeded, probe = [], 0
+        sub_tables = self._sub_tables.tolist()
         for table in self.tables:
             chunks = table.embedding_dim // self._width
             for number in range(len(table.feature_names) * chunks):
@@ -154,8 +168,8 @@ class Unified(CompressedTables):
                     ids = torch.arange(table.num_embeddings, device=device)
                     slots = hash_to_slots(ids, self.salts[probe], self.rows_per_sub_table)
                     part = full_tables[table.name][:, number * self._width : (number + 1) * self._width]
-                    sums[probe % len(sums)].index_add_(0, slots, part.to(device, torch.float32))
-                    counts[probe % len(sums)].index_add_(0, slots, torch.ones(len(ids), device=device))
+                    sums[sub_tables[probe]].index_add_(0, slots, part.to(device, torch.float32))
+                    counts[sub_tables[probe]].index_add_(0, slots, torch.ones(len(ids), device=device))
                 probe += 1
             if table.num_embeddings < UNBOUNDED:
                 seeded.append(table.name)
@@ -164,9 +178,8 @@ class Unified(CompressedTables):
             weight.copy_(torch.where(count.unsqueeze(1) > 0, total / count.clamp(min=1).unsqueeze(1), weight))
         return seeded
 
-    def _read(self, index: int, probes: Bags, slots: Tensor) -> Tensor:
+    def _read(self, index: int, probes: Bags, slots: Tensor, mean: Tensor | None) -> Tensor:
         """Pooled rows of sub-table ``index``: (B, P * W)."""
-        mean = None if self._is_mean_probe is None else self._is_mean_probe[index :: len(self.lookups)]
         if probes.single or probes.weights is not None:
             return probes.pool(self.lookup_rows(index, [slots])[0], mean)
         # A concatenation of rows commutes with sums over the bag, so the kernel pools.
@@ -182,14 +195,10 @@ class Unified(CompressedTables):
         return 1, min(sum(table.num_embeddings for table in tables) * widest, MAX_SLOTS)
 
 
-def _every(probes: Bags, slots: Tensor, start: int, stride: int) -> tuple[Bags, Tensor]:
-    """Every ``stride``-th probe from ``start``, with its slots."""
-    if probes.single:
-        chosen = slots[:, start::stride].contiguous()
-        return Bags(chosen, probes.lengths[start::stride], single=True), chosen
-    index = torch.arange(start, probes.num_features, stride, device=slots.device)
-    chosen_bags = Bags(slots, probes.lengths, single=False, weights=probes.weights).select(index)
-    return chosen_bags, chosen_bags.ids
+def _choose(probes: Bags, slots: Tensor, chosen: Tensor) -> tuple[Bags, Tensor]:
+    """The probes numbered ``chosen``, with their slots."""
+    bags = Bags(slots, probes.lengths, probes.single, probes.weights).select(chosen)
+    return bags, bags.ids
 
 
 def _lookups_per_table(tables: Sequence[EmbeddingBagConfig], num_lookups: int | Mapping[str, int]) -> dict[str, int]:

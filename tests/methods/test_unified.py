@@ -19,15 +19,14 @@ from tests.test_hashing import plain_slot
 def plain_vectors(
     unified: Unified, num_lookups: dict[str, int], num_sub_tables: int, ids: list[list[list[int]]]
 ) -> dict[str, dict[int, torch.Tensor]]:
-    """Per feature and id: the rows of its probes side by side; probe p of the collection reads sub-table p mod S."""
+    """Per feature and id: the rows of its lookups side by side; lookup q of all tables reads sub-table q mod S."""
     weights = [
         unified.collection(index).embedding_bags[f"unified__{index}"].weight.detach() for index in range(num_sub_tables)
     ]
     vectors: dict[str, dict[int, torch.Tensor]] = {}
-    probe = 0
+    first = 0
     for config in unified.tables:
         for feature in config.feature_names:
-            first = probe
             wanted = {value for bag in ids[KEYS.index(feature)] for value in bag} | {0}
             vectors[feature] = {}
             for value in wanted:
@@ -36,12 +35,12 @@ def plain_vectors(
                     sub_table = weights[(first + chunk) % num_sub_tables]
                     rows.append(sub_table[plain_slot(value, salt(config.name, chunk), sub_table.shape[0])])
                 vectors[feature][value] = torch.cat(rows)
-            probe = first + num_lookups[config.name]
+        first += num_lookups[config.name]
     return vectors
 
 
 @pytest.mark.parametrize("ids", [MULTI_HOT, SINGLE], ids=["multi-hot", "single"])
-@pytest.mark.parametrize(("num_lookups", "num_sub_tables"), [(1, 1), (2, 1)])
+@pytest.mark.parametrize(("num_lookups", "num_sub_tables"), [(1, 1), (2, 1), (1, 2), (2, 3)])
 def test_vectors_equal_a_plain_loop_over_probes(
     ids: list[list[list[int]]], num_lookups: int, num_sub_tables: int
 ) -> None:
@@ -67,6 +66,23 @@ def test_features_may_take_different_numbers_of_lookups(ids: list[list[list[int]
     assert isinstance(unified, Unified)
     expected = pool_plainly(plain_vectors(unified, counts, num_sub_tables, ids), ids, [False, True, True, False, False])
     torch.testing.assert_close(collection(bags(KEYS, ids)).values(), expected)
+
+
+def test_sub_tables_start_at_the_means_of_their_ids() -> None:
+    tables = [table("a", 30), table("b", 20, features=["b", "b2"]), table("c", 10)]
+    unified = Unified(tables, num_embeddings=21, num_lookups=2, num_sub_tables=3)
+    trained = {config.name: torch.randn(config.num_embeddings, 8) for config in tables}
+    assert unified.seed_from(trained) == ["t_a", "t_b", "t_c"]
+    values: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for number, config in enumerate(tables):
+        for chunk in range(2):
+            for value, vector in enumerate(trained[config.name]):
+                row = (2 * number + chunk) % 3, plain_slot(value, salt(config.name, chunk), 7)
+                values.setdefault(row, []).append(vector[4 * chunk : 4 * chunk + 4])
+    assert len(values) == 21
+    for (sub_table, row), parts in values.items():
+        weight = unified.collection(sub_table).embedding_bags[f"unified__{sub_table}"].weight
+        torch.testing.assert_close(weight[row].detach(), torch.stack(parts).mean(dim=0))
 
 
 def test_same_value_of_two_features_falls_on_different_rows() -> None:
@@ -107,6 +123,7 @@ def test_ids_above_float32_integers_stay_apart() -> None:
     [
         ({"num_embeddings": 0}, "num_embeddings and num_sub_tables must be at least 1, got 0 and 1"),
         ({"num_embeddings": 2**40 + 1}, r"num_embeddings must be in \[1, 1099511627776\] rows, got 1099511627777"),
+        ({"num_embeddings": 10, "num_sub_tables": 3}, r"num_sub_tables must be at most 2 \(lookups of all .*\), .* 3"),
         ({"num_embeddings": 10, "num_lookups": 3}, "must be a multiple of 4, got num_lookups 3"),
         ({"num_embeddings": 10, "num_lookups": {"t_a": 1}}, r"must name every table; missing \['t_b'\]"),
         ({"num_embeddings": 10, "num_lookups": {"t_c": 1}}, r"names tables \['t_c'\]"),
