@@ -21,6 +21,8 @@ _MULTIPLIER_2 = 0x94D049BB133111EB - (1 << 64)
 
 # The product of a hash prefix and a number of slots must stay below 2**63.
 MAX_SLOTS = 1 << 40
+# With more slots than these, such a prefix has fewer values than there are slots: the bits behind it count too.
+_ONE_PREFIX_SLOTS = 1 << 31
 
 
 def salt(name: str, index: int = 0, seed: int = 0) -> int:
@@ -58,13 +60,19 @@ def mix(ids: Tensor, salts: Tensor) -> Tensor:
 def reduce_to_slots_(bits: Tensor, num_slots: int) -> Tensor:
     """Map 64 uniform bits to slots in [0, num_slots) in place, by multiply-shift (3x faster than modulo on CPU).
 
-    The prefix is as long as the product allows (63 - log2(num_slots) bits), so no slot is likelier than another by more
-    than num_slots / 2**(63 - log2(num_slots)).
+    The prefix is as long as the product allows (63 - log2(num_slots) bits; above 2**31 slots twice as many, in two
+    products), so no slot is likelier than another by more than num_slots / 2**prefix.
     """
     _check_slots(num_slots)
     prefix = 63 - num_slots.bit_length()
-    bits.bitwise_right_shift_(64 - prefix).bitwise_and_((1 << prefix) - 1)
-    return bits.mul_(num_slots).bitwise_right_shift_(prefix)
+    mask = (1 << prefix) - 1
+    carry = None
+    if num_slots > _ONE_PREFIX_SLOTS:
+        carry = (bits >> (64 - 2 * prefix)).bitwise_and_(mask).mul_(num_slots).bitwise_right_shift_(prefix)
+    bits.bitwise_right_shift_(64 - prefix).bitwise_and_(mask).mul_(num_slots)
+    if carry is not None:
+        bits += carry
+    return bits.bitwise_right_shift_(prefix)
 
 
 def hash_to_slots(ids: Tensor, salts: Tensor, num_slots: int) -> Tensor:
@@ -72,18 +80,26 @@ def hash_to_slots(ids: Tensor, salts: Tensor, num_slots: int) -> Tensor:
     return reduce_to_slots_(mix(ids, salts), num_slots)
 
 
-def hash_to_ranges(ids: Tensor, salts: Tensor, num_slots: Tensor, prefixes: Tensor) -> Tensor:
+def hash_to_ranges(ids: Tensor, salts: Tensor, num_slots: Tensor, prefixes: Tensor, *, most_slots: int) -> Tensor:
     """``hash_to_slots`` with a number of slots of its own for every element.
 
     Args:
         ids, salts: int64, as for ``mix``.
         num_slots: int64 in [1, 2**40], broadcast against ``ids``.
         prefixes: ``slot_prefixes`` of ``num_slots``, computed once.
+        most_slots: no element of ``num_slots`` is larger; known without a look at them.
     """
     bits = mix(ids, salts)
     # Halved first, so that the shifts that differ between elements need no masks that differ too.
-    bits.bitwise_right_shift_(1).bitwise_and_((1 << 63) - 1).bitwise_right_shift_(63 - prefixes)
-    return bits.mul_(num_slots).bitwise_right_shift_(prefixes)
+    bits.bitwise_right_shift_(1).bitwise_and_((1 << 63) - 1)
+    carry = None
+    if most_slots > _ONE_PREFIX_SLOTS:
+        behind = (bits >> (63 - 2 * prefixes).clamp(min=0)) & ((1 << prefixes) - 1)
+        carry = (behind * num_slots >> prefixes) * (num_slots > _ONE_PREFIX_SLOTS)
+    bits.bitwise_right_shift_(63 - prefixes).mul_(num_slots)
+    if carry is not None:
+        bits += carry
+    return bits.bitwise_right_shift_(prefixes)
 
 
 def slot_prefixes(num_slots: Sequence[int]) -> list[int]:

@@ -61,6 +61,7 @@ class HashedRows(nn.Module):
         starts = [0] * len(slots) if shared else first_rows([a + b for a, b in zip(own, hashed, strict=True)])
         self._is_universal = hash_function == "universal"
         self._has_own = any(own)
+        self._most_slots = max(slots)
         # What serving needs is saved, and counted in the model's bytes.
         self.num_slots: Tensor
         self.register_buffer("num_slots", per_feature(tables, slots))
@@ -91,7 +92,7 @@ class HashedRows(nn.Module):
         num_slots = at_features(self.num_slots, features)
         if self.salts is not None:
             salts, prefixes = at_features(self.salts[lookup], features), at_features(self._prefixes, features)
-            rows = hash_to_ranges(ids, salts, num_slots, prefixes)
+            rows = hash_to_ranges(ids, salts, num_slots, prefixes, most_slots=self._most_slots)
         else:
             rows = ids % num_slots
         rows += at_features(self._first_hashed, features)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from recemb.hashing import MAX_SLOTS, hash_to_ranges, hash_to_slots, mix, salt, slot_prefixes
 
 MASK = (1 << 64) - 1
+NUM_SLOTS = st.one_of(st.integers(1, 100), st.integers(2**31 - 2, 2**31 + 2), st.integers(1, MAX_SLOTS))
 
 # Computed once by plain_slot and blake2b, then frozen: saved models depend on them.
 GOLDEN_SLOTS = [363010, 997542, 368636, 783781, 317285, 562905, 495600, 235528]
@@ -27,6 +28,8 @@ def plain_slot(value: int, salt_value: int, num_slots: int) -> int:
     bits = (bits * 0x94D049BB133111EB) & MASK
     bits ^= bits >> 31
     prefix = 63 - num_slots.bit_length()
+    # Of fewer values than slots otherwise.
+    prefix *= 2 if num_slots > 2**31 else 1
     return ((bits >> (64 - prefix)) * num_slots) >> prefix
 
 
@@ -44,7 +47,7 @@ def test_golden_salts_never_change() -> None:
 @given(
     value=st.integers(0, 2**63 - 1),
     salt_value=st.integers(-(2**63), 2**63 - 1),
-    num_slots=st.one_of(st.integers(1, 100), st.integers(1, MAX_SLOTS)),
+    num_slots=NUM_SLOTS,
 )
 def test_slots_equal_those_of_unbounded_python_integers(value: int, salt_value: int, num_slots: int) -> None:
     slot = int(hash_to_slots(torch.tensor([value]), torch.tensor([salt_value]), num_slots)[0])
@@ -77,6 +80,16 @@ def test_slots_are_uniform_by_chi_square() -> None:
     assert abs(chi_square - 999) < 5 * np.sqrt(2 * 999)
 
 
+@pytest.mark.parametrize("num_slots", [2**31, 2**31 + 1, 2**32 - 1, 2**33, 3 * 2**35 + 7, MAX_SLOTS])
+def test_many_slots_are_uniform_in_their_first_and_last_bits(num_slots: int) -> None:
+    num_ids, num_bins = 1_000_000, 1024
+    slots = hash_to_slots(torch.randint(2**63 - 1, (num_ids,)), torch.tensor(salt("a")), num_slots)
+    for bins in (slots % num_bins, slots * num_bins // num_slots):
+        expected = num_ids / num_bins
+        chi_square = float(((torch.bincount(bins, minlength=num_bins) - expected) ** 2 / expected).sum())
+        assert abs(chi_square - 1023) < 5 * np.sqrt(2 * 1023)
+
+
 def test_two_salts_collide_as_independent_hashes_do() -> None:
     ids, num_slots = torch.arange(1_000_000), 1000
     same = hash_to_slots(ids, torch.tensor(salt("a", 0)), num_slots) == hash_to_slots(
@@ -93,12 +106,17 @@ def test_number_of_slots_is_checked() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     value=st.integers(0, 2**63 - 1),
-    num_slots=st.lists(st.one_of(st.integers(1, 100), st.integers(1, MAX_SLOTS)), min_size=1, max_size=5),
+    num_slots=st.lists(
+        NUM_SLOTS,
+        min_size=1,
+        max_size=5,
+    ),
 )
 def test_ranges_of_several_sizes_hash_as_each_would_alone(value: int, num_slots: list[int]) -> None:
     salts = torch.arange(len(num_slots)) * 12_345
     prefixes = torch.tensor(slot_prefixes(num_slots))
-    slots = hash_to_ranges(torch.tensor([[value]]), salts, torch.tensor(num_slots), prefixes)
+    sizes = torch.tensor(num_slots)
+    slots = hash_to_ranges(torch.tensor([[value]]), salts, sizes, prefixes, most_slots=max(num_slots))
     assert slots.tolist() == [
         [plain_slot(value, int(salt), count) for salt, count in zip(salts, num_slots, strict=True)]
     ]
