@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ def _run_rank(rank: int, function: Callable[[int, Path], None], folder: Path) ->
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE))
     # A file as meeting place: no port that another process might take first.
     store = f"file://{folder / 'meeting-place'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE)
+    # A rank that waits for one which does not come is a failure, after two minutes and not after half an hour.
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(minutes=2))
     function(rank, folder)
     # As recemb.ranks: models hold the group.
     gc.collect()

@@ -40,24 +40,26 @@ def methods() -> dict[str, Method]:
     return {name: quarter_sized(name) for name in embedding_configs()}
 
 
-def ids_of(rank: int, *, single: bool) -> list[list[list[int]]]:
-    """Ranks have unequal batches (4 and 5 samples); bags of 0 to 3 ids, or of one."""
+def ids_of(rank: int, *, single: bool, has_ids: bool = True) -> list[list[list[int]]]:
+    """Ranks have unequal batches (4 and 5 samples); bags of 0 to 3 ids, or of one; or no ids on the last rank."""
     generator = torch.Generator().manual_seed(rank)
 
     def bag(size: int) -> list[int]:
+        if not has_ids and rank == WORLD_SIZE - 1:
+            return []
         length = 1 if single else int(torch.randint(0, 4, (1,), generator=generator))
         return torch.randint(0, size, (length,), generator=generator).tolist()
 
     return [[bag(size) for _ in range(4 + rank)] for size in (4000, 6000, 6000, 500, 1)]
 
 
-def batch_of(rank: int, *, single: bool) -> KeyedJaggedTensor:
-    return bags(KEYS, ids_of(rank, single=single))
+def batch_of(rank: int, *, single: bool, has_ids: bool = True) -> KeyedJaggedTensor:
+    return bags(KEYS, ids_of(rank, single=single, has_ids=has_ids))
 
 
-def joined(*, single: bool) -> KeyedJaggedTensor:
+def joined(*, single: bool, has_ids: bool = True) -> KeyedJaggedTensor:
     """The batches of both ranks as one."""
-    first, second = (ids_of(rank, single=single) for rank in range(WORLD_SIZE))
+    first, second = (ids_of(rank, single=single, has_ids=has_ids) for rank in range(WORLD_SIZE))
     return bags(KEYS, [[*a, *b] for a, b in zip(first, second, strict=True)])
 
 
@@ -88,7 +90,7 @@ def run_rank(rank: int, folder: Path) -> None:
             without_draws(sharded)
             for step in range(3):
                 optimizer.zero_grad()
-                logits = sharded(batch_of(rank, single=step == 1))
+                logits = sharded(batch_of(rank, single=step == 1, has_ids=step != 2))
                 # Gradients are averaged over ranks: the sum over both, as a mean over 9 samples.
                 (logits.square().sum() * WORLD_SIZE / 9).backward()
                 optimizer.step()
@@ -135,7 +137,7 @@ def test_two_ranks_train_as_one_process_does(folder: Path, name: str, placement:
     without_draws(model)
     for step in range(3):
         optimizer.zero_grad()
-        (model(joined(single=step == 1)).square().sum() / 9).backward()
+        (model(joined(single=step == 1, has_ids=step != 2)).square().sum() / 9).backward()
         optimizer.step()
     expected = model.eval()(joined(single=False)).detach()
     output = torch.cat([torch.load(folder / f"{name}-{placement}-{rank}.pt") for rank in range(WORLD_SIZE)])

@@ -135,9 +135,10 @@ class Path(CompressedTables):
         return self._scatter(self._through_maps(rows[0][0].index_select(0, order), counts), order)
 
     def embed_each(self, bags: Bags) -> Tensor:
-        if not self.layers or bags.ids.numel() == 0:
+        if not self.layers:
             return self.lookup_rows(0, [self._rows_and_maps(bags)[0].reshape(-1)])[0]
-        # Slots are brought together by map before they are looked up, which spares sorting the rows.
+        # Slots are brought together by map before they are looked up, which spares sorting the rows. Maps are part of
+        # the output of a batch without ids too: ranks wait for the gradient of all of them.
         slots, maps = self._rows_and_maps(bags)
         order, counts = self._by_map(maps)
         [rows] = self.lookup_rows(0, [slots.view(-1)[order]])
