@@ -36,7 +36,8 @@ class TablePlan:
         num_embeddings: n.
         embedding_dim: D, the width that the model sees; dropped values read as zero.
         kept_rows: (n,) bool.
-        kept_columns: (G, D) bool, the columns that rows of each group keep. One group is a width for the whole table.
+        kept_columns: (G, D) bool, the columns that rows of each group keep, G at least 1. One group is a width for the
+            whole table.
         row_groups: (n,) int16 group of every row; None: all rows are of group 0.
         kept_values: (n, D) bool, for unstructured pruning.
 
@@ -54,6 +55,8 @@ class TablePlan:
     def __post_init__(self) -> None:
         n, width = self.num_embeddings, self.embedding_dim
         groups = 0 if self.kept_columns is None else self.kept_columns.shape[0]
+        if self.kept_columns is not None and groups < 1:
+            raise ValueError(f"kept_columns must have at least one group, got shape {tuple(self.kept_columns.shape)}")
         for name, shape, dtype in (
             ("kept_rows", (n,), torch.bool),
             ("kept_columns", (groups, width), torch.bool),
