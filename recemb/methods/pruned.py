@@ -17,9 +17,9 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
-from recemb.method import CompressedTables
+from recemb.method import CompressedTables, Method
 from recemb.packed_tables import PackedTables
-from recemb.packing import pack
+from recemb.packing import pack, packed_method
 from recemb.plan import CompressionPlan, TablePlan
 from recemb.pruned_bytes import check_dropped
 from recemb.stacked import at_features, features_of_ids, first_rows, per_feature, stacked_table, start_variance
@@ -125,6 +125,10 @@ class Pruned(CompressedTables):
             lambda table, ids: read_rows(self, 0, (ids + starts[table]).to(device)),
             dropped_vectors=vectors,
         )
+
+    def serving_method(self) -> Method:
+        dropped = "zero" if self.dropped_rows is None else "vector"
+        return packed_method(CompressionPlan(self.plans, source="these tables"), dropped=dropped)
 
     @torch.no_grad()
     def seed_from(self, full_tables: Mapping[str, Tensor]) -> list[str]:

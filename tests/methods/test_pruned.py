@@ -57,6 +57,9 @@ def test_conversion_changes_no_bit_and_takes_the_bytes_that_were_promised(plan: 
         mask = plan.tables[table.name].mask()
         if dropped == "zero":
             assert torch.equal(values[: table.num_embeddings] != 0, mask)
+    promised = measure_memory(collection)
+    assert promised.serving_bytes == plan_bytes(plan, dropped=dropped)
+    assert promised.trained_bytes == sum(tensor.nbytes for tensor in collection.state_dict().values())
     assert convert(collection) is collection
     assert torch.equal(collection(features).values().view(torch.int32), expected.view(torch.int32))
     assert measure_memory(collection).serving_bytes == plan_bytes(plan, dropped=dropped)
@@ -125,8 +128,16 @@ def test_a_fused_sgd_step_equals_autograd_and_torch_sgd(dropped: str, ids: list[
     assert torch.equal(convert(model)(bags(KEYS, ids)).values(), expected)
 
 
-def test_estimate_equals_measurement() -> None:
-    assert estimate_memory(small_tables(), partial(Pruned, plan=PLAN)) == measure_memory(build())
+@DROPPED
+def test_estimate_equals_measurement_and_what_serves(dropped: str) -> None:
+    collection = build(dropped)
+    estimate = estimate_memory(small_tables(), partial(Pruned, plan=PLAN, dropped=dropped))
+    assert estimate == measure_memory(collection)
+    served = convert(collection)
+    assert estimate.serving_bytes == sum(tensor.nbytes for tensor in served.state_dict().values())
+    assert [(part.name, part.bytes) for part in estimate.tables] == [
+        (part.name, part.bytes) for part in measure_memory(served).tables
+    ]
 
 
 def test_full_tables_are_taken_over() -> None:
