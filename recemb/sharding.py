@@ -26,11 +26,15 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     KernelConfig,
     ParameterConstraints,
     PlannerError,
+    ShardingOption,
+    Topology,
     TopologyFactory,
     TrainerConfig,
 )
@@ -80,6 +84,32 @@ def sharders(whole: Collection[nn.Module] = ()) -> list[ModuleSharder[nn.Module]
     return [cast(ModuleSharder[nn.Module], _BagSharder(whole)), cast(ModuleSharder[nn.Module], _SequenceSharder())]
 
 
+class _Enumerator(EmbeddingEnumerator):
+    """Takes sharding types by path and name: TorchRec's constraints are by name, and methods that are built once a
+    width or pattern call their tables alike.
+
+    Args:
+        allowed: (path of the collection, name of the table) -> sharding types; all for tables that are not there.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        constraints: dict[str, ParameterConstraints],
+        allowed: Mapping[tuple[str, str], Collection[str]],
+    ) -> None:
+        super().__init__(topology, BATCH_SIZE, constraints)
+        self._allowed = allowed
+
+    def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
+        options = super().enumerate(module, sharders)
+        return [
+            option
+            for option in options
+            if option.sharding_type in self._allowed.get((option.path, option.name), SHARDING_TYPES)
+        ]
+
+
 def plan_shards(
     model: nn.Module,
     *,
@@ -110,18 +140,15 @@ def plan_shards(
         ValueError: the tables do not fit, or no allowed placement exists: one message, the same on every rank.
     """
     kernel = EmbeddingComputeKernel.FUSED_UVM_CACHING if caching else EmbeddingComputeKernel.FUSED
-    constraints = {
-        config.name: ParameterConstraints(
-            sharding_types=_allowed(config, placement or {}, world_size),
-            compute_kernels=[kernel.value],
-            min_partition=4,
-        )
+    allowed = {
+        (path, config.name): _allowed(config, placement or {}, world_size)
         for path, module in model.named_modules()
         if isinstance(module, EmbeddingBagCollection) and path not in whole
         for config in module.embedding_bag_configs()
     }
-    if not constraints:
+    if not allowed:
         return ShardingPlan({})
+    constraints = {name: ParameterConstraints(compute_kernels=[kernel.value], min_partition=4) for _, name in allowed}
     # On CPU TorchRec places tables in "ddr" memory, on CUDA in "hbm".
     topology = TopologyFactory.create_topology(
         TrainerConfig(
@@ -135,6 +162,7 @@ def plan_shards(
     planner = EmbeddingShardingPlanner(
         topology=topology,
         constraints=constraints,
+        enumerator=_Enumerator(topology, constraints, allowed),
         # TorchRec's default guesses the dense layers from their tensors, wrongly for meta ones.
         storage_reservation=FixedPercentageStorageReservation(percentage=RESERVED_FRACTION),
     )
@@ -292,7 +320,10 @@ def _allowed(config: EmbeddingBagConfig, placement: Mapping[str, Sequence[str]],
     if rows_per_rank * (world_size - 1) >= config.num_embeddings:
         return [ShardingType.TABLE_WISE.value]
     matches = (types for pattern, types in placement.items() if fnmatch.fnmatchcase(config.name, pattern))
-    return list(next(matches, SHARDING_TYPES))
+    types = [kind for kind in next(matches, SHARDING_TYPES) if kind in SHARDING_TYPES]
+    if not types:
+        raise ValueError(f"table {config.name!r}: placement must allow one of {SHARDING_TYPES}, got {dict(placement)}")
+    return types
 
 
 def _free_bytes(device: torch.device, local_world_size: int) -> tuple[int, int]:

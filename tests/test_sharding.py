@@ -16,10 +16,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from recemb import optimizers
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.method import Method
+from recemb.methods.hashing import Hashing
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.preparation import prepare
 from recemb.sharding import plan_shards
-from tests.embedding_cases import KEYS, bags, embedding_configs, quarter_sized, small_tables, without_draws
+from tests.embedding_cases import KEYS, bags, embedding_configs, quarter_sized, small_tables, table, without_draws
 from tests.gloo import WORLD_SIZE, run_ranks
 
 OPTIMIZER = EmbeddingOptimizer("rowwise_adagrad", 0.1)
@@ -154,6 +155,24 @@ def test_a_checkpoint_of_two_ranks_serves_in_one_process(folder: Path, name: str
     for rank in range(WORLD_SIZE):
         expected = torch.load(folder / f"{name}-{placement}-{rank}.pt")
         torch.testing.assert_close(model.eval()(batch_of(rank, single=False)).detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tables_of_one_name_are_placed_each_as_it_must_be() -> None:
+    # A group for each width, so two tables of this name; one has too few rows for two ranks.
+    tables = [table("small", 1, dim=4), table("large", 2000, dim=8), table("middle", 20, dim=12)]
+    with torch.device("meta"):
+        model = CompressedEmbeddingBagCollection(tables, partial(Hashing, num_embeddings=202))
+    for kind in ("row_wise", "table_wise"):
+        plan = plan_shards(model, world_size=2, device_type="cpu", placement={"hashing": [kind]}).plan
+        found = [plan[f"groups.{number}.lookups.0"]["hashing"].sharding_type for number in range(3)]
+        assert found == ["table_wise", kind, kind]
+
+
+def test_a_placement_that_does_not_exist_is_refused() -> None:
+    with torch.device("meta"):
+        model = Model(methods()["full"])
+    with pytest.raises(ValueError, match=r"table 't_ad': placement must allow one of .* got \{'t_ad': \['columns'\]\}"):
+        plan_shards(model, world_size=2, device_type="cpu", placement={"t_ad": ["columns"]})
 
 
 def test_tables_that_do_not_fit_are_refused_with_one_message() -> None:

@@ -11,7 +11,7 @@ import torch
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ParameterSharding
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from recemb.collection import CompressedEmbeddingBagCollection
+from recemb.collection import CompressedEmbeddingBagCollection, own_optimizers
 from recemb.method import Method
 from recemb.optimizers import EmbeddingOptimizer
 from recemb.sharding import RESERVED_FRACTION, plan_shards, train_in_backward
@@ -21,8 +21,12 @@ _VALUE_BYTES = 4
 
 @dataclass(frozen=True)
 class PlacedShard:
-    """Rows ``[first_row, first_row + num_rows)`` of a physical table, whole rows, on one rank."""
+    """Rows ``[first_row, first_row + num_rows)`` of a physical table, whole rows, on one rank.
 
+    Tables of several collections may have one name.
+    """
+
+    collection: str
     table: str
     sharding_type: str
     rank: int
@@ -116,17 +120,18 @@ def plan_placement(
         host_memory_bytes=host_bytes,
         caching=caching,
     )
+    own = own_optimizers(collection)
     shards = [
         shard
-        for module in plan.plan.values()
+        for path, module in plan.plan.items()
         if isinstance(module, EmbeddingModuleShardingPlan)
         for name, sharding in module.items()
-        for shard in _shards(name, sharding, optimizer)
+        for shard in _shards(path, name, sharding, own.get(id(collection.get_submodule(path)), optimizer))
     ]
     return Placement(world_size, device_bytes, caching, tuple(shards))
 
 
-def _shards(name: str, sharding: ParameterSharding, optimizer: EmbeddingOptimizer) -> list[PlacedShard]:
+def _shards(path: str, name: str, sharding: ParameterSharding, optimizer: EmbeddingOptimizer) -> list[PlacedShard]:
     specification = sharding.sharding_spec
     assert isinstance(specification, EnumerableShardingSpec), "tables are placed table-wise or row-wise"
     shards = []
@@ -136,5 +141,6 @@ def _shards(name: str, sharding: ParameterSharding, optimizer: EmbeddingOptimize
         assert rank is not None
         table_bytes = num_rows * width * _VALUE_BYTES
         state = optimizer.state_bytes(num_rows, width)
-        shards.append(PlacedShard(name, sharding.sharding_type, rank, first_row, num_rows, width, table_bytes, state))
+        kind = sharding.sharding_type
+        shards.append(PlacedShard(path, name, kind, rank, first_row, num_rows, width, table_bytes, state))
     return shards

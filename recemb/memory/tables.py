@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recemb.memory.job import Outcome
-from recemb.memory.placement import Placement
+from recemb.memory.placement import PlacedShard, Placement
 from recemb.memory.report import MemoryReport
 from recemb.sharding import RESERVED_FRACTION
 
@@ -56,14 +56,18 @@ def _totals(memory: MemoryReport) -> str:
 
 
 def _shards(placement: Placement) -> str:
-    tables: dict[str, list[int]] = {}
-    kinds: dict[str, str] = {}
-    largest: dict[str, int] = {}
+    tables: dict[tuple[str, str], list[PlacedShard]] = {}
     for shard in placement.shards:
-        tables.setdefault(shard.table, []).append(shard.rank)
-        kinds[shard.table] = shard.sharding_type
-        largest[shard.table] = max(largest.get(shard.table, 0), shard.num_rows)
-    rows = [(name, kinds[name], f"{largest[name]:,}", _ranges(sorted(set(ranks)))) for name, ranks in tables.items()]
+        tables.setdefault((shard.collection, shard.table), []).append(shard)
+    rows = [
+        (
+            name,
+            shards[0].sharding_type,
+            f"{max(shard.num_rows for shard in shards):,}",
+            _ranges(sorted({shard.rank for shard in shards})),
+        )
+        for (_, name), shards in tables.items()
+    ]
     return _aligned(("physical table", "placement", "rows of a shard", "ranks"), rows, left=(0, 1, 3))
 
 

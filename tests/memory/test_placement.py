@@ -8,8 +8,14 @@ import pytest
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.memory import estimate_memory
+from recemb.memory.job import Outcome
 from recemb.memory.placement import Placement, plan_placement
+from recemb.memory.tables import as_text
+from recemb.method import Method
 from recemb.methods.full import Full
+from recemb.methods.hashing import Hashing
+from recemb.methods.optembed import OptEmbed, Thresholds
+from recemb.methods.pep import Pep
 from recemb.methods.unified import Unified
 from recemb.optimizers import EmbeddingOptimizer
 
@@ -56,6 +62,36 @@ def test_placement_is_that_of_the_physical_tables() -> None:
     )
     assert_every_row_once(placement, {"unified__0": 1001})
     assert {(shard.rank, shard.sharding_type) for shard in placement.shards} == {(0, "row_wise"), (1, "row_wise")}
+
+
+@pytest.mark.parametrize(
+    "method", [Pep, partial(OptEmbed, thresholds=Thresholds(per="value"))], ids=["pep", "optembed"]
+)
+def test_tables_with_an_optimizer_of_their_own_have_its_state(method: Method) -> None:
+    logical = tables(10_000, 300, dim=16)
+    placement = plan_placement(logical, method, optimizer=OPTIMIZER, world_size=2, device_bytes=10**9)
+    found: dict[str, tuple[int, int]] = {}
+    for shard in placement.shards:
+        rows, state = found.get(shard.table, (0, 0))
+        found[shard.table] = rows + shard.table_bytes, state + shard.optimizer_bytes
+    report = estimate_memory(logical, method, optimizer=OPTIMIZER)
+    assert found == {part.name: (part.bytes, part.optimizer_bytes) for part in report.tables}
+
+
+def test_tables_of_one_name_keep_to_themselves() -> None:
+    logical = [tables(10**8, dim=8)[0], tables(1, 3, dim=16)[1]]
+    method = partial(Hashing, num_embeddings=10**8)
+    placement = plan_placement(logical, method, optimizer=OPTIMIZER, world_size=4, device_bytes=2 * 10**9)
+    # Too large for one rank, and too small for four.
+    rows: dict[str, list[int]] = {shard.collection: [] for shard in placement.shards}
+    for shard in placement.shards:
+        assert shard.table == "hashing"
+        rows[shard.collection].append(shard.num_rows)
+    assert rows == {"groups.0.lookups.0": [25_000_000] * 4, "groups.1.lookups.0": [3]}
+    report = estimate_memory(logical, method, optimizer=OPTIMIZER)
+    lines = as_text(Outcome(report, "two widths", "hashing", placement)).splitlines()
+    placed = sorted(line.split() for line in lines if "_wise" in line)
+    assert [line[:3] for line in placed] == [["hashing", "row_wise", "25,000,000"], ["hashing", "table_wise", "3"]]
 
 
 def test_tables_too_large_for_the_gpus_fit_into_host_memory_with_caching() -> None:
