@@ -17,6 +17,7 @@ from recemb.collection import compressed_groups
 from recemb.memory import full_table_bytes
 from recemb.method import Method, method_class
 from recemb.methods.optembed import OptEmbed
+from recemb.models.dlrm import DLRM
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "embedding"
 BIG = 2**24 + 3
@@ -116,3 +117,8 @@ def without_draws(module: nn.Module) -> nn.Module:
         if isinstance(group, OptEmbed):
             group.eval()
     return module
+
+
+def dlrm(embeddings: nn.Module) -> DLRM:
+    """A small one of 3 numeric features over tables of width 8."""
+    return DLRM(embeddings, num_dense=3, bottom_layers=[16, 8], over_layers=[16, 1])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.plan import CompressionPlan, TablePlan
+from tests.embedding_cases import small_tables
 
 KINDS = ("all", "rows", "prefix", "width", "columns", "blocks", "groups", "values", "values and rows", "all four")
 
@@ -67,3 +68,11 @@ def tables_of(plan: CompressionPlan, *, shared: str | None = None) -> list[Embed
         )
         for name, table in plan.tables.items()
     ]
+
+
+def pruned_plan(kind: str) -> CompressionPlan:
+    """A plan of ``small_tables`` that keeps three tenths."""
+    return CompressionPlan(
+        {each.name: table_plan(each.num_embeddings, 8, kind, 0.3, seed) for seed, each in enumerate(small_tables())},
+        source="by hand",
+    )

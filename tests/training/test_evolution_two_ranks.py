@@ -53,6 +53,8 @@ def test_the_same_candidates_score_alike_and_the_same_one_wins(tmp_path: Path) -
     train_on_two_ranks(content, tmp_path, continues=True)
     folders = [run / "stages" / "1-search" for run in (one, two)]
     states = [json.loads((folder / "evolution.json").read_text()) for folder in folders]
+    for state in states:
+        assert state.pop("seconds") > 0 and state.pop("cpu_seconds") > 0
     assert states[0] == states[1]
     assert len(states[0]["scores"]) > 15 and len({score for _, score in states[0]["scores"]}) > 10
     figures = [json.loads((folder / "stage.json").read_text())["figures"] for folder in folders]
