@@ -117,8 +117,8 @@ def _stages(results: Mapping[str, Any]) -> str:
     kept = ""
     if last.get("keeps", last["name"]) != last["name"]:
         kept = (
-            f" Retrained tables have a validation AUC of {last['retrained_validation']['auc']:.5f}: they are those of "
-            f"stage {last['keeps']}."
+            f" Retrained tables have a validation AUC of {last['retrained_validation']['auc']:.5f}; those that "
+            f"stage {last['keeps']} left validate better and stay."
         )
     return (
         f"## Stages\n\nAll but the last training took {duration(search['seconds'])}, as long as "

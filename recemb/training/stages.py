@@ -27,6 +27,7 @@ from recemb.training.stage import (
     plan_figures,
     search_budgets,
 )
+from recemb.training.stopping import SIGNS
 from recemb.training.training import Training, batch_size_of
 
 logger = logging.getLogger(__name__)
@@ -166,8 +167,7 @@ class RetrainStage(TrainingStage):
             return outcome
         metric = context.config.trainer.stopping.metric
         retrained, left = outcome.figures["validation"], pruned.figures["validation"]
-        gain = retrained[metric] - left[metric]
-        if (gain if metric != "logloss" else -gain) >= 0.0:
+        if SIGNS[metric] * (retrained[metric] - left[metric]) >= 0.0:
             return replace(outcome, figures={**outcome.figures, "keeps": self.name})
         logger.info(
             "stage %s: validation %s %.5f after retraining, %.5f as stage %s left the tables: those stay",
