@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 
-def grouped_linear(inputs_NI: Tensor, weights_GIO: Tensor, biases_GO: Tensor, counts: Sequence[int]) -> Tensor:
+def grouped_linear(inputs_NI: Tensor, weights_GIO: Tensor, biases_GO: Tensor | None, counts: Sequence[int]) -> Tensor:
     """``inputs @ weights[g] + biases[g]`` for the g of each row: (N, O).
 
     Args:
         inputs_NI: rows of layer 0 first, then those of layer 1, and so on.
-        weights_GIO, biases_GO: the layers.
+        weights_GIO, biases_GO: the layers; biases may be None.
         counts: rows of each layer, N in all.
     """
     assert sum(counts) == inputs_NI.shape[0] and len(counts) == weights_GIO.shape[0], "counts must share out the rows"
@@ -31,24 +31,29 @@ class _GroupedLinear(torch.autograd.Function):
     # One node for all layers: autograd's own bookkeeping for each would cost more than the products.
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weights: Tensor, biases: Tensor, counts: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weights: Tensor, biases: Tensor | None, counts: Sequence[int]) -> Tensor:
         ctx.save_for_backward(inputs, weights)
-        ctx.counts = counts
+        ctx.counts, ctx.has_biases = counts, biases is not None
         outputs = inputs.new_empty(inputs.shape[0], weights.shape[2])
         for group, rows in _blocks(counts):
-            torch.addmm(biases[group], inputs[rows], weights[group], out=outputs[rows])
+            if biases is None:
+                torch.mm(inputs[rows], weights[group], out=outputs[rows])
+            else:
+                torch.addmm(biases[group], inputs[rows], weights[group], out=outputs[rows])
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         inputs, weights = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         to_inputs = torch.empty_like(inputs)
-        to_weights, to_biases = torch.zeros_like(weights), weights.new_zeros(weights.shape[0], weights.shape[2])
+        to_weights = torch.zeros_like(weights)
+        to_biases = weights.new_zeros(weights.shape[0], weights.shape[2]) if ctx.has_biases else None
         for group, rows in _blocks(ctx.counts):
             torch.mm(gradient[rows], weights[group].t(), out=to_inputs[rows])
             torch.mm(inputs[rows].t(), gradient[rows], out=to_weights[group])
-            torch.sum(gradient[rows], dim=0, out=to_biases[group])
+            if to_biases is not None:
+                torch.sum(gradient[rows], dim=0, out=to_biases[group])
         return to_inputs, to_weights, to_biases, None
 
 

@@ -17,6 +17,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -27,11 +28,31 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from recemb.bags import Bags
 from recemb.distinct import Distinct
+from recemb.grouped_linear import grouped_linear
 from recemb.method import WIDEST_ROW, CompressedTables, physical_table
 from recemb.stacked import first_rows, per_feature, stacked_table, start_variance
 
 # The sampled Gaussian keeps draws at least this far from 0, in standard deviations.
 _CUT = 2.0
+# Floats of middle rows that pairs read, for each distinct row: from here on a product for each distinct row takes less
+# time on CPU than a copy of the row for every pair.
+_GROUP_FROM = 1 << 13
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the cores of a batch's distinct ids are.
+
+    Args:
+        slots: of each lookup.
+        pairs: the pairs (i1, i2) of the ids of decomposed tables, in the order of their middle rows; None without any.
+        pairs_of_core: how many of the pairs each of the middle rows has that are looked up; None where it is looked up
+            for every pair.
+    """
+
+    slots: list[list[Tensor]]
+    pairs: Distinct | None
+    pairs_of_core: list[int] | None
 
 
 class TensorTrain(CompressedTables):
@@ -50,8 +71,8 @@ class TensorTrain(CompressedTables):
             of nearly equal ranks R and S the one that comes nearest is taken. Ranks whose middle rows of ``d2 * R * S``
             floats exceed ``recemb.method.WIDEST_ROW`` (about 90 at embedding_dim 16) are not, so a budget that would
             pay for more is not used up.
-        merge_ids: compose each distinct id of a batch once. False composes every id by itself, with the same result;
-            for measuring what merging saves.
+        merge_ids: compose each distinct id of a batch once, and on CPU read each distinct middle row once where rows
+            are large. False composes every id by itself, with the same result; for measuring what merging saves.
 
     Raises:
         ValueError: both or neither of rank and num_parameters, one of them below 1, or a rank of too wide rows.
@@ -116,6 +137,8 @@ class TensorTrain(CompressedTables):
         self._num_pairs = sum(pairs)
         self.splits: Tensor
         self.register_buffer("splits", torch.tensor(rows, dtype=torch.int64).view(-1, 7))
+        self._n1: Tensor
+        self.register_buffer("_n1", torch.tensor([n1 for n1, _, _ in factors], dtype=torch.int64), persistent=False)
 
     def _lookups(self, factors: Sequence[tuple[int, int, int]], dim: int) -> list[list[EmbeddingBagConfig]]:
         lookups = []
@@ -132,51 +155,64 @@ class TensorTrain(CompressedTables):
         return lookups
 
     def remap(self, bags: Bags) -> list[list[Tensor]]:
-        """Rows of the first two cores for distinct pairs (i1, i2), of the third and of full tables for distinct ids."""
-        return self._remap(self._distinct(bags).keys)[0]
+        """Rows of the first core for distinct pairs (i1, i2), of the second for them or for distinct i2, of the third
+        and of full tables for distinct ids.
+        """
+        return self._places(self._distinct(bags).keys).slots
 
     def embed(self, bags: Bags) -> Tensor:
         distinct = self._distinct(bags)
-        slots, pairs = self._remap(distinct.keys)
-        rows = [self.lookup_rows(index, slot)[0] for index, slot in enumerate(slots)]
+        places = self._places(distinct.keys)
+        rows = [self.lookup_rows(index, slot)[0] for index, slot in enumerate(places.slots)]
         full = [rows.pop()] if self.full else []
-        composed = [] if pairs is None else [self._compose_cores(rows, pairs)]
+        composed = [] if places.pairs is None else [self._compose_cores(rows, places.pairs, places.pairs_of_core)]
         return distinct.expand(torch.cat([*composed, *full]))
 
     def _distinct(self, bags: Bags) -> Distinct:
         ids = bags.ids + bags.per_id(self.starts)
         return Distinct.of(ids.view(-1), self._num_ids, merge=self.merge_ids)
 
-    def _remap(self, ids: Tensor) -> tuple[list[list[Tensor]], Distinct | None]:
-        """Ascending ids counted through all tables -> slots of each lookup, and the pairs (i1, i2) of the ids."""
+    def _places(self, ids: Tensor) -> _Places:
+        """Of ascending ids counted through all tables."""
         boundary = int(torch.searchsorted(ids, self._num_decomposed_ids))
-        slots, pairs = [], None
-        if self.decomposed:
-            inside = ids[:boundary]
-            table = torch.searchsorted(self.splits[:, 0].contiguous(), inside, right=True) - 1
-            first, n3, first_pair, _, _, _, start_3 = self.splits.index_select(0, table).unbind(1)
-            inside = inside - first
-            # Integer division: floats would misplace ids above 2**24.
-            pair = torch.div(inside, n3, rounding_mode="floor")
-            index_3 = inside - pair * n3
-            # n3 ids that follow each other share a pair, and so the large row of the middle core.
-            pairs = Distinct.of(pair + first_pair, self._num_pairs, merge=self.merge_ids)
-            table = torch.searchsorted(self.splits[:, 2].contiguous(), pairs.keys, right=True) - 1
-            _, _, first_pair, n2, start_1, start_2, _ = self.splits.index_select(0, table).unbind(1)
-            inside = pairs.keys - first_pair
-            index_1 = torch.div(inside, n2, rounding_mode="floor")
-            slots = [[index_1 + start_1], [inside - index_1 * n2 + start_2], [index_3 + start_3]]
-        if self.full:
-            slots.append([ids[boundary:] - self._num_decomposed_ids])
-        return slots, pairs
+        full = [[ids[boundary:] - self._num_decomposed_ids]] if self.full else []
+        if not self.decomposed:
+            return _Places(full, None, None)
+        inside = ids[:boundary]
+        table = torch.searchsorted(self.splits[:, 0].contiguous(), inside, right=True) - 1
+        first, n3, first_pair, n2, _, _, start_3 = self.splits.index_select(0, table).unbind(1)
+        inside = inside - first
+        # Integer division: floats would misplace ids above 2**24.
+        pair = torch.div(inside, n3, rounding_mode="floor")
+        slots_3 = inside - pair * n3 + start_3
+        index_1 = torch.div(pair, n2, rounding_mode="floor")
+        # n3 ids that follow each other share a pair. Pairs are numbered with i2 first, so that those of a middle row,
+        # the large ones, lie side by side.
+        number = (pair - index_1 * n2) * self._n1.index_select(0, table) + index_1
+        pairs = Distinct.of(number + first_pair, self._num_pairs, merge=self.merge_ids)
+        table = torch.searchsorted(self.splits[:, 2].contiguous(), pairs.keys, right=True) - 1
+        _, _, first_pair, _, start_1, start_2, _ = self.splits.index_select(0, table).unbind(1)
+        number, n1 = pairs.keys - first_pair, self._n1.index_select(0, table)
+        index_2 = torch.div(number, n1, rounding_mode="floor")
+        slots_1, slots_2 = number - index_2 * n1 + start_1, index_2 + start_2
+        pairs_of_core = None
+        if self.merge_ids and slots_2.device.type == "cpu":
+            cores, counts = torch.unique_consecutive(slots_2, return_counts=True)
+            if slots_2.numel() * math.prod(self.core_shapes[1]) > _GROUP_FROM * cores.numel():
+                slots_2, pairs_of_core = cores, counts.tolist()
+        return _Places([[slots_1], [slots_2], [slots_3], *full], pairs, pairs_of_core)
 
-    def _compose_cores(self, rows: Sequence[Tensor], pairs: Distinct) -> Tensor:
-        """Rows of the cores, those of the first two by pair -> (U, D)."""
+    def _compose_cores(self, rows: Sequence[Tensor], pairs: Distinct, pairs_of_core: Sequence[int] | None) -> Tensor:
+        """Rows of the cores, see ``_Places`` -> (U, D)."""
         d1, d2, _ = self.column_factors
         first, second, third = (
             row[:, : shape[0] * shape[1]].reshape(-1, *shape) for row, shape in zip(rows, self.core_shapes, strict=True)
         )
-        left = pairs.expand(torch.bmm(first, second).flatten(1)).view(-1, d1 * d2, self.ranks[1])
+        if pairs_of_core is None:
+            left = torch.bmm(first, second)
+        else:
+            left = grouped_linear(first.flatten(0, 1), second, None, [count * d1 for count in pairs_of_core])
+        left = pairs.expand(left.view(-1, d1 * d2 * self.ranks[1])).view(-1, d1 * d2, self.ranks[1])
         return torch.bmm(left, third).flatten(1)
 
     @torch.no_grad()

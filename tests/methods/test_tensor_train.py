@@ -12,10 +12,12 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from recemb.bags import Bags
 from recemb.collection import CompressedEmbeddingBagCollection
 from recemb.compression import compress_
 from recemb.memory import estimate_memory
 from recemb.method import WIDEST_ROW
+from recemb.methods import tensor_train
 from recemb.methods.tensor_train import (
     TensorTrain,
     choose_ranks,
@@ -25,6 +27,9 @@ from recemb.methods.tensor_train import (
 )
 from tests.embedding_cases import BIG, MULTI_HOT, SINGLE, bags, small_tables, table
 from tests.methods.plain import all_vectors, check_batch, group_of, rows_of
+
+# Each pair's product by itself or those of a middle row at once; a product for each distinct id or each id.
+WAYS = [(True, 0), (True, 1 << 62), (False, 0)]
 
 
 def plain_vector(method: TensorTrain, name: str, value: int) -> Tensor:
@@ -68,10 +73,16 @@ def plain_vector(method: TensorTrain, name: str, value: int) -> Tensor:
         ({"num_parameters": 15_000}, None),
     ],
 )
-@pytest.mark.parametrize("merge_ids", [True, False])
+@pytest.mark.parametrize(("merge_ids", "group_from"), WAYS)
 def test_vectors_equal_a_plain_sum_over_ranks(
-    ids: list[list[list[int]]], options: dict[str, int], ranks: tuple[int, int] | None, merge_ids: bool
+    ids: list[list[list[int]]],
+    options: dict[str, int],
+    ranks: tuple[int, int] | None,
+    merge_ids: bool,
+    group_from: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tensor_train, "_GROUP_FROM", group_from)
     method = partial(TensorTrain, merge_ids=merge_ids, **options)
     collection = CompressedEmbeddingBagCollection(small_tables(), method)
     group = group_of(collection)
@@ -85,16 +96,35 @@ def test_vectors_equal_a_plain_sum_over_ranks(
     check_batch(collection, vector, ids)
 
 
-def test_merging_ids_changes_no_gradient() -> None:
+def test_merging_ids_and_grouping_pairs_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = []
-    for merge_ids in (True, False):
+    for merge_ids, group_from in WAYS:
+        monkeypatch.setattr(tensor_train, "_GROUP_FROM", group_from)
         torch.manual_seed(0)
         method = partial(TensorTrain, rank=4, merge_ids=merge_ids)
         collection = CompressedEmbeddingBagCollection(small_tables(), method)
         output = collection(bags(["ad", "target", "history", "site", "one"], MULTI_HOT)).values()
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         gradients.append([parameter.grad for parameter in collection.parameters()])
-    torch.testing.assert_close(*gradients)
+    grouped, merged, plain = gradients
+    torch.testing.assert_close(grouped, plain)
+    torch.testing.assert_close(merged, plain)
+
+
+def test_large_middle_rows_are_read_once_a_batch() -> None:
+    torch.manual_seed(0)
+    # (40, 40, 40) rows; the middle ones of 2 * 32 * 32 floats.
+    collection = CompressedEmbeddingBagCollection([table("a", 64_000)], partial(TensorTrain, rank=32))
+    group = group_of(collection)
+    ids = torch.randint(64_000, (500,)).tolist()
+    [[first], [middle], [third]] = group.remap(Bags.of(bags(["a"], [[[value] for value in ids]])))
+    assert sorted(middle.tolist()) == sorted({value // 40 % 40 for value in ids})
+    pairs = [value // 40 for value in ids]
+    assert sorted(first.tolist()) == sorted(pair // 40 for pair in set(pairs))
+    assert sorted(third.tolist()) == sorted(value % 40 for value in set(ids))
+    # Few pairs a row: copies of rows cost less than products one by one.
+    [[first], [middle], _] = group.remap(Bags.of(bags(["a"], [[[0], [1], [1600]]])))
+    assert (first.tolist(), middle.tolist()) == ([0, 1], [0, 0])
 
 
 @given(st.integers(1, 2**40))
