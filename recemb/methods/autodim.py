@@ -219,6 +219,26 @@ class AutoDim(CompressedTables):
         self.train(was_training)
         return folded
 
+    def begin_training(self, total_steps: int, budget_bytes: int | None) -> None:
+        """Refuse a budget out of reach before anything is trained.
+
+        Raises:
+            BudgetOutOfReach: a budget that the narrowest candidate exceeds.
+        """
+        if budget_bytes is not None:
+            self._narrowest_bytes(budget_bytes)
+
+    def _narrowest_bytes(self, budget_bytes: int) -> int:
+        """Bytes of tables of the narrowest candidate alone, which must meet the budget."""
+        narrowest = functools.partial(MixedDimension, widths={table.name: self.candidates[0] for table in self.tables})
+        num_bytes = estimate_memory(self.tables, narrowest).serving_bytes
+        if num_bytes > budget_bytes:
+            raise BudgetOutOfReach(
+                f"budget of {budget_bytes:,} bytes cannot be met: tables of width {self.candidates[0]} take "
+                f"{num_bytes:,} bytes; give a narrower candidate"
+            )
+        return num_bytes
+
     @torch.no_grad()
     def derive_plan(self, budget_bytes: int | None) -> CompressionPlan:
         """The width of the largest probability for each table, or widths of about the largest product that fit.
@@ -227,23 +247,12 @@ class AutoDim(CompressedTables):
             BudgetOutOfReach: a budget that the narrowest candidate exceeds.
         """
         scores = torch.log_softmax(self.architecture.double(), dim=1).cpu().tolist()
-
-        def bytes_of(chosen: Sequence[int]) -> int:
-            widths = dict(zip(names, (self.candidates[index] for index in chosen), strict=True))
-            return estimate_memory(self.tables, functools.partial(MixedDimension, widths=widths)).serving_bytes
-
         names = [table.name for table in self.tables]
         costs = [[bytes_of_table(table, width) for width in self.candidates] for table in self.tables]
         best = self._likeliest()
         if budget_bytes is not None:
-            narrowest = bytes_of([0] * len(names))
             # Maps, which are the same for all widths.
-            fixed = narrowest - sum(row[0] for row in costs)
-            if narrowest > budget_bytes:
-                raise BudgetOutOfReach(
-                    f"budget of {budget_bytes:,} bytes cannot be met: tables of width {self.candidates[0]} take "
-                    f"{narrowest:,} bytes; give a narrower candidate"
-                )
+            fixed = self._narrowest_bytes(budget_bytes) - sum(row[0] for row in costs)
             best = choose_candidates(scores, costs, budget_bytes - fixed)
         widths = {name: self.candidates[index] for name, index in zip(names, best, strict=True)}
         columns = torch.arange(self.tables[0].embedding_dim, device="cpu")

@@ -267,6 +267,15 @@ class OptEmbed(CompressedTables):
             tables[name] *= table_plan.mask().to(tables[name].device)
         return tables
 
+    def begin_training(self, total_steps: int, budget_bytes: int | None) -> None:
+        """Refuse a budget out of reach before anything is trained.
+
+        Raises:
+            BudgetOutOfReach: all rows stay, and one column of every table exceeds the budget.
+        """
+        if self.options is None and budget_bytes is not None:
+            _check_reach(self._plan(None, 1), budget_bytes)
+
     def derive_plan(self, budget_bytes: int | None) -> CompressionPlan:
         """Rows above their thresholds, and the widths that were set.
 
@@ -336,9 +345,7 @@ def _largest_within(
     largest = plan(0)
     if budget_bytes is None or plan_bytes(largest) <= budget_bytes:
         return largest
-    smallest = plan(last_step)
-    if (least := plan_bytes(smallest)) > budget_bytes:
-        raise BudgetOutOfReach(f"budget of {budget_bytes:,} bytes: the smallest plan of OptEmbed takes {least:,} bytes")
+    _check_reach(plan(last_step), budget_bytes)
     low, high = 0, last_step
     while high - low > 1:
         middle = (low + high) // 2
@@ -347,3 +354,8 @@ def _largest_within(
         else:
             low = middle
     return plan(high)
+
+
+def _check_reach(smallest: CompressionPlan, budget_bytes: int) -> None:
+    if (least := plan_bytes(smallest)) > budget_bytes:
+        raise BudgetOutOfReach(f"budget of {budget_bytes:,} bytes: the smallest plan of OptEmbed takes {least:,} bytes")

@@ -172,6 +172,11 @@ def test_plan_meets_a_budget_of_bytes() -> None:
         assert reached <= budget
     with pytest.raises(BudgetOutOfReach, match=r"tables of width 2 take 84,264 bytes; give a narrower candidate"):
         group.derive_plan(84_263)
+    # Before anything is trained.
+    with pytest.raises(BudgetOutOfReach, match=r"tables of width 2 take 84,264 bytes; give a narrower candidate"):
+        group.begin_training(100, 84_263)
+    group.begin_training(100, 84_264)
+    group.begin_training(100, None)
 
 
 @settings(max_examples=50)

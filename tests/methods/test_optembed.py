@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from recemb.budget import BudgetOutOfReach
 from recemb.collection import CompressedEmbeddingBagCollection, CompressedEmbeddingCollection
 from recemb.methods.optembed import OptEmbed, Thresholds
 from recemb.optimizers import EmbeddingOptimizer
@@ -283,6 +284,20 @@ def test_the_plan_keeps_rows_above_their_threshold_and_the_widths_set(per: str) 
     assert plan.num_values() == count
     assert plan.kept_fraction() == pytest.approx(count / (10_501 * 8))
     assert 0.1 < plan.kept_fraction() < 0.5
+
+
+def test_a_budget_below_one_column_is_refused_before_training_where_rows_stay() -> None:
+    group = OptEmbed([table("a", 1000)], thresholds=None)
+    for refuse in (partial(group.begin_training, 10), group.derive_plan):
+        with pytest.raises(
+            BudgetOutOfReach, match=r"budget of 3,999 bytes: the smallest plan of OptEmbed takes 4,0\d\d b"
+        ):
+            refuse(3_999)
+    group.begin_training(10, 4_100)
+    group.begin_training(10, None)
+    assert group.derive_plan(4_100).num_values() == 1000
+    # Rows go as well: how many is found while training.
+    OptEmbed([table("a", 1000)], thresholds=Thresholds()).begin_training(10, 3_999)
 
 
 def test_search_options_are_checked() -> None:
