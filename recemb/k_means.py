@@ -6,6 +6,7 @@ Shapes: N vectors, K clusters, W dimensions.
 from __future__ import annotations
 
 import torch
+from scipy.spatial import KDTree
 from torch import Tensor
 
 # Distances held at once, in floats: as many as stay in the cache.
@@ -47,7 +48,19 @@ def k_means(vectors_NW: Tensor, num_clusters: int, generator: torch.Generator, *
 
 @torch.no_grad()
 def nearest(vectors_NW: Tensor, centroids_KW: Tensor) -> tuple[Tensor, Tensor]:
-    """For every vector the nearest centroid: (N,) int64 its number, (N,) squared distance."""
+    """For every vector the nearest centroid: (N,) int64 its number, (N,) squared distance.
+
+    On CPU a k-d tree finds it where that takes less time than all distances: from 1,024 centroids of 4 dimensions on,
+    and four times as many for each dimension more.
+
+    Raises:
+        ValueError: vectors that are not finite, where a tree is asked.
+    """
+    if vectors_NW.device.type == "cpu" and len(centroids_KW) >= 4 ** (centroids_KW.shape[1] + 1):
+        # Without balance, which takes as long to make as some thousand queries and saves none.
+        tree = KDTree(centroids_KW.numpy(), balanced_tree=False, compact_nodes=False)
+        found, numbers = tree.query(vectors_NW.numpy(), workers=torch.get_num_threads())
+        return torch.from_numpy(numbers), torch.from_numpy(found).square().to(vectors_NW.dtype)
     squares = centroids_KW.square().sum(dim=1)
     scaled = -2 * centroids_KW.t()
     best, least = [], []

@@ -35,6 +35,23 @@ def test_nearest_is_the_smallest_distance_in_blocks_too(monkeypatch: pytest.Monk
     torch.testing.assert_close(squares, distances.min(dim=1).values.square(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_centroids", [1023, 1024, 3000])
+def test_nearest_of_many_centroids_is_the_smallest_distance(num_centroids: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centroids = torch.randn(num_centroids, 4, generator=generator)
+    # Of equal ones any may be the nearest.
+    centroids[:100] = centroids[100]
+    vectors = torch.cat([torch.randn(5000, 4, generator=generator), centroids[90:200]])
+    assigned, squares = nearest(vectors, centroids)
+    distances = torch.cdist(vectors.double(), centroids.double())
+    least = distances.min(dim=1).values
+    torch.testing.assert_close(distances.gather(1, assigned.unsqueeze(1)).squeeze(1), least, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(squares.double(), least.square(), rtol=1e-4, atol=1e-5)
+    assert assigned.dtype == torch.int64 and squares.dtype == torch.float32
+    empty = nearest(vectors[:0], centroids)
+    assert [(part.numel(), part.dtype) for part in empty] == [(0, torch.int64), (0, torch.float32)]
+
+
 def test_as_many_clusters_as_vectors_reproduce_them() -> None:
     vectors = torch.randn(5, 2)
     centroids = k_means(vectors, 5, torch.Generator())

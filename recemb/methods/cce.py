@@ -55,8 +55,9 @@ class ClusteredCompositional(CompressedTables):
             codes up.
         chunk_dim: W in floats, a multiple of 4 that divides embedding_dim. 4 (four chunks of 16, as in the paper)
             shares rows most finely; more for higher compression, as codes take ``D / W`` times their bytes.
-        cluster_at_steps: training steps after which to cluster (the paper: ends of epochs). A clustering costs
-            about ``num_embeddings * K * D`` multiply-adds a table, and the rows need some steps after the last one.
+        cluster_at_steps: training steps after which to cluster (the paper: ends of epochs). A clustering makes up to 26
+            passes over the ids of every chunk, each of some 2 us an id on CPU where chunks are of 4 and K is large, and
+            of ``K * W`` multiply-adds an id elsewhere; the rows need some steps after the last one.
         samples_per_cluster: ids that k-means looks at, in multiples of K.
         seed: changes every hash and every sample at once.
 
