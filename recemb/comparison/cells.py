@@ -74,8 +74,8 @@ def try_setting(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _trained(content: Mapping[str, Any], *, test: bool) -> dict[str, Any]:
     from recemb.budget import BudgetOutOfReach
+    from recemb.evaluation.predictions import Diverged
     from recemb.training.run import train
-    from recemb.training.stopping import Diverged
 
     try:
         return train(content, test=test)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 ROW_GROUP_ROWS = 65_536
 
 
+class Diverged(ValueError):
+    """A model's numbers are no longer finite: a finding about its settings, where other errors are mistakes."""
+
+
 # Comparing arrays has no one answer, so no generated ==.
 @dataclass(frozen=True, eq=False)
 class Predictions:
@@ -94,7 +98,8 @@ def collect(
         in_lockstep: the model communicates in every batch, as sharded tables do: ranks must have equally many batches.
 
     Raises:
-        ValueError: NaN/inf logits (batch and row named), logits of another shape, no batch at all. With a process
+        Diverged: NaN/inf logits of numeric columns that are finite; batch and row are named.
+        ValueError: NaN/inf in numeric columns, logits of another shape, no batch at all. With a process
             group, an error of one rank is raised on all of them, where otherwise the others would wait for ever; in
             lockstep it is raised on that rank only, because the others are inside the model and cannot be told.
     """
@@ -146,11 +151,13 @@ class _Rows:
         finite = np.isfinite(values)
         if not finite.all():
             row = int((~finite).argmax())
-            raise ValueError(
+            text = (
                 f"batch {number}: logit of its row {row} (row {self.count + row} of the split on this rank) is "
-                f"{values[row]}; {int((~finite).sum())} of {size} logits are NaN or inf: the model has diverged, "
-                "or a feature is not finite"
+                f"{values[row]}; {int((~finite).sum())} of {size} logits are NaN or inf: "
             )
+            if not bool(torch.isfinite(batch.dense).all()):
+                raise ValueError(f"{text}so is a numeric column of the batch")
+            raise Diverged(f"{text}the model has diverged")
         self.logits.append(values)
         self.labels.append(check_labels(batch.labels.cpu().numpy()))
         for name, column in batch.extra.items():

@@ -19,13 +19,14 @@ from recemb.checkpoint import Checkpoints, Optimizer, load_model_tensors, load_o
 from recemb.collection import compressed_groups
 from recemb.data.batch import Batch
 from recemb.evaluation.gather import gather_texts
+from recemb.evaluation.predictions import Diverged
 from recemb.ranks import is_first_rank, sum_over_ranks
 from recemb.training.bilevel import SearchOptimizer, Steps, Together
 from recemb.training.metrics_log import StepLog
 from recemb.training.progress import Progress
 from recemb.training.randomness import random_state, restore_random_state
 from recemb.training.schedule import LearningRateSchedule
-from recemb.training.stopping import Diverged, EarlyStopping
+from recemb.training.stopping import EarlyStopping
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class TrainingLoop:
         """Train to the end.
 
         Raises:
-            Diverged: the loss or, at a validation, a weight is not finite; names step, rows and what to change.
+            Diverged: the loss or, at a validation, a logit is not finite; names step, rows and what to change.
             ValueError: the loss is not finite because a numeric column is not; names step and row.
             OSError: a checkpoint or log could not be written; the last checkpoint is whole.
         """
@@ -238,10 +239,8 @@ class TrainingLoop:
     def _validate(self, log: StepLog) -> None:
         try:
             metrics = self.validate()
-        except ValueError as error:
+        except Diverged as error:
             # The last step may have written what no loss has met yet.
-            if self._is_finite():
-                raise
             raise Diverged(f"validation after step {self.step}: {error}. {_LOWER_RATES}") from error
         best = all(group.settled for group in self._groups) and self.stopping.update(self.step, metrics)
         log.write(self.step, "validation", metrics)
@@ -249,9 +248,6 @@ class TrainingLoop:
         earlier = self.stopping.best_value
         so_far = " (best)" if best else "" if earlier is None else f" (best {earlier:.5f})"
         logger.info("step %d: validation %s%s", self.step, shown, so_far)
-
-    def _is_finite(self) -> bool:
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.model.parameters())
 
     def _start_clocks(self) -> None:
         self._clock, self._cpu_clock = time.perf_counter(), time.process_time()

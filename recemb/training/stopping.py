@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from recemb.evaluation.predictions import Diverged
+
 # Metric that may stop a training -> 1 where higher is better, -1 where lower is.
 SIGNS = {"auc": 1, "gauc": 1, "logloss": -1}
-
-
-class Diverged(ValueError):
-    """A model's numbers are no longer finite: a finding about its settings, where other errors are mistakes."""
 
 
 class EarlyStopping:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recemb.evaluation.predictions import Predictions, collect, read_predictions, write_predictions
+from recemb.evaluation.predictions import Diverged, Predictions, collect, read_predictions, write_predictions
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,14 @@ def test_a_nan_logit_is_an_error_that_names_batch_and_row_and_restores_the_mode(
     parts = batches([4, 4])
     parts[1].dense[2, 0] = float("nan")
     model = Sum().train()
-    with pytest.raises(
-        ValueError, match=r"batch 1: logit of its row 2 \(row 6 of the split on this rank\) is nan; 1 of 4"
-    ):
+    named = r"batch 1: logit of its row 2 \(row 6 of the split on this rank\) is nan; 1 of 4 logits are NaN or inf: "
+    with pytest.raises(ValueError, match=named + "so is a numeric column of the batch") as caught:
         collect(model, parts)
-    assert model.training
+    assert model.training and not isinstance(caught.value, Diverged)
+    # Finite weights may overflow too.
+    parts[1].dense[2, 0] = 3e38
+    with pytest.raises(Diverged, match=r"row 2 .* is inf; 1 of 4 logits are NaN or inf: the model has diverged"):
+        collect(lambda dense, sparse: 10 * dense.sum(dim=1), parts)
 
 
 def test_logits_of_another_shape_and_no_rows_are_errors():
