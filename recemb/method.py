@@ -197,10 +197,7 @@ class CompressedTables(nn.Module):
         return functools.partial(Pruned, plan=plan)
 
     def begin_training(self, total_steps: int, budget_bytes: int | None) -> None:
-        """Told before a stage how long it is and how many bytes the plan may take.
-
-        For methods that prune meanwhile, and those that know already that their smallest plan takes more.
-        """
+        """Told before a stage how long it is and how many bytes the plan may take: to prune meanwhile, or to refuse."""
 
     def search_figures(self) -> dict[str, float]:
         """How far a search is (rows kept, mean width), logged with every validation, on every rank alike."""
