@@ -43,7 +43,7 @@ def test_golden_salts_never_change() -> None:
     assert [salt("t_ad"), salt("t_ad", 1), salt("t_ad", 0, seed=1), salt("Ⅷ")] == GOLDEN_SALTS
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(
     value=st.integers(0, 2**63 - 1),
     salt_value=st.integers(-(2**63), 2**63 - 1),
@@ -103,7 +103,7 @@ def test_number_of_slots_is_checked() -> None:
         hash_to_slots(torch.tensor([1]), torch.tensor(1), 0)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(
     value=st.integers(0, 2**63 - 1),
     num_slots=st.lists(

@@ -17,7 +17,7 @@ from tests.gloo import run_ranks
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=True)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.lists(FLOATS, max_size=20), min_size=1, max_size=3), st.data())
 def test_equals_the_sorted_magnitudes(parts: list[list[float]], data: st.DataObject) -> None:
     values = np.sort(np.abs(np.concatenate([np.asarray(part, np.float32) for part in parts])))

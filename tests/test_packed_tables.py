@@ -65,7 +65,7 @@ def every_id(plan: CompressionPlan) -> KeyedJaggedTensor:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(plan=plans(), with_vectors=st.booleans())
 def test_every_id_gets_exactly_what_was_kept_of_it(plan: CompressionPlan, with_vectors: bool) -> None:
     rows = rows_of(plan)
@@ -78,7 +78,7 @@ def test_every_id_gets_exactly_what_was_kept_of_it(plan: CompressionPlan, with_v
         assert torch.equal(part[:size].view(torch.int32), wanted[name].view(torch.int32)), (index, name)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(plan=plans(), with_vectors=st.booleans())
 def test_bytes_are_known_before_packing_and_are_those_on_disk(
     tmp_path_factory: pytest.TempPathFactory, plan: CompressionPlan, with_vectors: bool
@@ -96,7 +96,7 @@ def test_bytes_are_known_before_packing_and_are_those_on_disk(
     assert file.stat().st_size == memory.serving_bytes + 8 + header
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(plan=plans(embedding_dims=(4, 8, 12)))
 def test_plans_of_several_widths_have_a_size_for_each(plan: CompressionPlan) -> None:
     tables = tables_of(plan)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from recemb.partitions import FAMILIES, Partitions, check_complementary, choose_partitions, class_dtypes
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     num_embeddings=st.integers(1, 701),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recemb.rank_bitmap import BLOCK_BYTES, RankBitmap, blocks_for
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(num_bits=st.integers(0, 1100), share=st.sampled_from([0.0, 0.01, 0.5, 0.99, 1.0]), seed=st.integers(0, 99))
 def test_ranks_are_counts_of_bits_before(num_bits: int, share: float, seed: int) -> None:
     bits = torch.rand(num_bits, generator=torch.Generator().manual_seed(seed)) < share

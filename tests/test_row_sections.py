@@ -26,7 +26,7 @@ def look_up(sections: RowSections, bits: torch.Tensor, value: int) -> tuple[int,
     return -1, -1
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     length=st.integers(1, 300),
     num_codes=st.integers(1, 4),

@@ -220,7 +220,7 @@ def test_the_description_says_where_the_model_comes_from(saved: Path) -> None:
     assert set(content["golden"]["embeddings"]) == set(KEYS)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_anywhere_in_the_tensors_is_refused(copied: Path, share: float, bit: int) -> None:
     file = copied / TENSORS_FILE

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from recemb.sparse_rows import MarkedColumns, NumberedColumns
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(
     num_rows=st.integers(1, 70),
     width=st.sampled_from([1, 4, 12, 16, 20, 64, 68, 128, 256, 260]),

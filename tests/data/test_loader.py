@@ -14,7 +14,7 @@ from tests.data.encoded import replace_split, write_encoded
 from tests.data.numbered import assert_same_batch, data_set, make, row_numbers
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     world_size=st.integers(1, 7),
     batch_size=st.sampled_from([1, 2, 3, 7, 50, 64, 100, 499, 500, 501, 2000]),
@@ -75,7 +75,7 @@ def test_a_window_mixes_rows_of_several_row_groups_and_files():
     assert sum(b == a + 1 for a, b in itertools.pairwise(order)) < 10
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     batch_size=st.sampled_from([1, 7, 64, 130, 600]),
     world=st.sampled_from([(0, 1), (1, 3), (6, 7)]),
@@ -165,7 +165,7 @@ def test_resuming_with_another_order_is_an_error(changed, message):
         make(data_set(), **{**arguments, **changed}).load_state_dict(state)
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     worlds=st.lists(st.integers(1, 5), min_size=2, max_size=5),
     batch_sizes=st.lists(st.sampled_from([1, 2, 3, 7, 16, 60]), min_size=5, max_size=5),

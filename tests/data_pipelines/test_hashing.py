@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.hashing import hash_values
@@ -24,12 +24,14 @@ int64s = st.integers(-(2**63), 2**63 - 1)
 
 
 @given(st.lists(st.one_of(st.none(), st.text(max_size=80)), max_size=30))
+@settings(deadline=None)
 def test_strings_hash_as_the_reference_implementation_does(values: list[str | None]) -> None:
     expected = [0 if value is None else xxhash.xxh64_intdigest(value.encode()) >> 1 for value in values]
     assert hash_values(pa.array(values, pa.string())).tolist() == expected
 
 
 @given(st.lists(st.one_of(st.none(), int64s), max_size=30))
+@settings(deadline=None)
 def test_integers_hash_as_their_eight_bytes(values: list[int | None]) -> None:
     expected = [
         0 if value is None else xxhash.xxh64_intdigest(value.to_bytes(8, "little", signed=True)) >> 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.event_store import EventStore, buckets_for
@@ -19,6 +19,7 @@ MOMENTS = st.one_of(st.integers(0, 5), st.sampled_from([-(2**63), -1, 2**62, 2**
 EVENTS = st.lists(st.tuples(st.integers(0, 3), MOMENTS), max_size=40)
 
 
+@settings(deadline=None)
 @given(events=EVENTS, targets=EVENTS, max_history=st.integers(1, 6))
 def test_a_history_is_the_latest_events_strictly_before_the_target(
     events: list[tuple[int, int]], targets: list[tuple[int, int]], max_history: int
@@ -34,6 +35,7 @@ def test_a_history_is_the_latest_events_strictly_before_the_target(
         assert all(event[1] < moment for event in history)
 
 
+@settings(deadline=None)
 @given(moments=st.lists(MOMENTS, min_size=1, max_size=30))
 def test_no_target_knows_itself_or_events_of_its_own_moment(moments: list[int]) -> None:
     events = np.sort(np.array(moments, np.int64))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.splitting import RowKeys, SplitRule, assign, mix, select
@@ -40,12 +40,14 @@ def numbers(rule: SplitRule, chunks: list[RowKeys]) -> list[int]:
     st.one_of(st.lists(int64s, min_size=1, max_size=40), st.lists(st.integers(-5, 5), min_size=1, max_size=40)),
     st.integers(0, 10),
 )
+@settings(deadline=None)
 def test_select_finds_exact_ranks_of_any_64_bit_moments(keys: list[int], tenths: int) -> None:
     (found,) = select(lambda: iter(chunked(keys)), (tenths / 10,))
     assert found == sorted(keys)[min(len(keys) * tenths // 10, len(keys) - 1)]
 
 
 @given(st.integers(10, 300), st.integers(1, 50))
+@settings(deadline=None)
 def test_time_split_of_ordered_rows_cuts_at_the_fractions(rows: int, size: int) -> None:
     chunks = [RowKeys(start, min(size, rows - start)) for start in range(0, rows, size)]
     found = numbers(SplitRule("time", (8, 1, 1)), chunks)

@@ -135,7 +135,7 @@ def test_the_probability_depends_on_nothing_but_the_values_of_the_row(model: Cli
     assert np.array_equal(rows.probability[same], moved.probability[same])
 
 
-@settings(max_examples=25)
+@settings(deadline=None, max_examples=25)
 @given(start=st.integers(0, TOTAL_ROWS - 1), size=st.integers(1, 2000))
 def test_any_chunk_equals_that_part_of_the_whole(model: ClickModel, log: Rows, start: int, size: int) -> None:
     stop = min(start + size, TOTAL_ROWS)
@@ -206,6 +206,7 @@ def test_rank_is_hidden_in_the_raw_values(model: ClickModel) -> None:
     assert abs(np.corrcoef(np.arange(100_000), values)[0, 1]) < 0.02
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), unique=True, min_size=2, max_size=200))
 def test_two_ids_never_share_a_raw_value(identifiers: list[int]) -> None:
     assert len(np.unique(raw_values(0, "C3", np.array(identifiers, dtype=np.uint64)))) == len(identifiers)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import transforms
@@ -14,6 +14,7 @@ from tests.data_pipelines import truth
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-1000, 2**40)), max_size=50))
+@settings(deadline=None)
 def test_bucket_follows_the_published_rule(values: list[int | None]) -> None:
     column = transforms.to_float64(pa.array(values, pa.int64()))
     assert transforms.bucket(column).to_pylist() == [truth.bucket(value) for value in values]
@@ -26,6 +27,7 @@ def test_bucket_by_hand() -> None:
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-10, 2**50)), max_size=50))
+@settings(deadline=None)
 def test_log1p_takes_negatives_and_missing_as_zero(values: list[int | None]) -> None:
     numbers = transforms.log1p(transforms.to_float64(pa.array(values, pa.int64())))
     assert numbers.dtype == np.float32
@@ -47,6 +49,7 @@ def test_first_not_finite_finds_nan_infinity_and_what_float32_cannot_hold() -> N
     st.one_of(st.none(), st.integers(1, 4)),
     st.integers(0, 3),
 )
+@settings(deadline=None)
 def test_keep_latest_cuts_every_list_to_its_end(
     lists: list[list[int] | None], max_length: int | None, start: int
 ) -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.vocabulary import TrainCounter, ValueIndex, rank
@@ -31,6 +31,7 @@ def encode(batches: list[pa.Array], num_train: int, min_count: int) -> tuple[lis
     st.lists(st.lists(st.one_of(st.none(), st.text(max_size=3)), min_size=1, max_size=20), min_size=2, max_size=5),
     st.integers(1, 3),
 )
+@settings(deadline=None)
 def test_ids_of_strings_follow_counts_then_bytes(batches: list[list[str | None]], min_count: int) -> None:
     train, rest = batches[0], [value for batch in batches[1:] for value in batch]
     ids, values, counts = encode([pa.array(batch, pa.string()) for batch in batches], 1, min_count)
@@ -42,6 +43,7 @@ def test_ids_of_strings_follow_counts_then_bytes(batches: list[list[str | None]]
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(-20, 200)), min_size=1, max_size=60), st.integers(1, 3))
+@settings(deadline=None)
 def test_ids_of_integers_follow_counts_then_size(values: list[int | None], min_count: int) -> None:
     ids, stored, _ = encode([pa.array(values, pa.int32())], 1, min_count)
     expected = truth.vocabulary(values, min_count)

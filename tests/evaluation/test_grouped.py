@@ -35,7 +35,7 @@ def grouped_data(draw):
     return labels, scores.astype(draw(st.sampled_from([np.float32, np.float64]))), users
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(grouped_data(), st.sampled_from(["impressions", "users"]), st.booleans())
 def test_gauc_equals_a_loop_over_users(data, weighting, as_text):
     labels, scores, users = data

@@ -36,7 +36,7 @@ def brute_force_auc(labels, scores):
     return wins / pairs
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(labels_and_probabilities())
 def test_metrics_agree_with_scikit_learn_on_data_with_ties(data):
     labels, probabilities = data
@@ -51,7 +51,7 @@ def test_metrics_agree_with_scikit_learn_on_data_with_ties(data):
     assert metrics.calibration(labels, probabilities) == pytest.approx(wide.sum() / labels.sum(), rel=TOLERANCE)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(labels_and_probabilities())
 def test_auc_is_the_exact_share_of_ordered_pairs(data):
     labels, scores = data

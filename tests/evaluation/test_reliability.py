@@ -23,7 +23,7 @@ def plain_error(labels, probabilities, edges):
     return error
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 25), st.sampled_from([3, 10, 1000]), st.integers(0, 2**32 - 1))
 def test_equal_width_error_equals_a_plain_loop(rows, num_bins, distinct, seed):
     generator = np.random.default_rng(seed)
@@ -35,7 +35,7 @@ def test_equal_width_error_equals_a_plain_loop(rows, num_bins, distinct, seed):
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 25), st.sampled_from([1, 3, 1000]), st.integers(0, 2**32 - 1))
 def test_equal_mass_error_equals_a_plain_loop(rows, num_bins, distinct, seed):
     generator = np.random.default_rng(seed)

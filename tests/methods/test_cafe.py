@@ -75,7 +75,7 @@ BATCHES = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(BATCHES, st.integers(1, 7), st.sampled_from([0.5, 2.0, 5.0]), st.sampled_from([0.5, 0.25, 1.0]))
 def test_sketch_equals_one_that_inserts_key_after_key(
     batches: list[dict[int, float]], num_rows: int, threshold: float, decay: float

@@ -44,7 +44,7 @@ def build(dropped: str = "zero", seed: int = 0) -> CompressedEmbeddingBagCollect
     return CompressedEmbeddingBagCollection(small_tables(), partial(Pruned, plan=PLAN, dropped=dropped))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(plan=plans(embedding_dims=(4, 8, 12)), dropped=st.sampled_from(["zero", "vector"]))
 def test_conversion_changes_no_bit_and_takes_the_bytes_that_were_promised(plan: CompressionPlan, dropped: str) -> None:
     tables = tables_of(plan)

@@ -68,7 +68,7 @@ def test_dice_in_evaluation_uses_running_statistics_row_by_row() -> None:
         assert torch.allclose(module(inputs[row : row + 1]), found[row : row + 1])
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 20), min_size=1, max_size=8), momentum=st.floats(0.01, 1.0), seed=st.integers(0, 99)
 )

@@ -144,7 +144,7 @@ def test_without_softmax_a_longer_history_of_the_same_item_weighs_more() -> None
     torch.testing.assert_close(three, 3 * one)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 10**6))
 def test_evaluation_knows_no_batch(lengths: list[int], seed: int) -> None:
     module = unit().eval()
@@ -157,7 +157,7 @@ def test_evaluation_knows_no_batch(lengths: list[int], seed: int) -> None:
         first += length
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 10**6))
 def test_segment_operations_equal_loops(lengths: list[int], seed: int) -> None:
     offsets = offsets_of(lengths)

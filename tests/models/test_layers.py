@@ -23,7 +23,7 @@ def dots_by_loop(vectors: torch.Tensor) -> torch.Tensor:
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(batch=st.integers(1, 4), num_vectors=st.integers(2, 9), dim=st.integers(1, 6), seed=st.integers(0, 9))
 def test_dot_interaction_and_its_gradient_equal_a_plain_loop(batch: int, num_vectors: int, dim: int, seed: int) -> None:
     vectors = normal(batch, num_vectors, dim, seed=seed, dtype=torch.float64).requires_grad_()

@@ -173,7 +173,7 @@ def test_bytes_of_a_candidate_are_those_of_its_converted_tables() -> None:
 
 
 @given(st.lists(st.integers(1, 8), min_size=4, max_size=4), st.floats(0, 1), st.integers(0, 2**32))
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_repaired_candidates_fit_their_budget_closely_and_never_grow(
     candidate: list[int], share: float, seed: int
 ) -> None:

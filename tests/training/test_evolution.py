@@ -30,7 +30,7 @@ def planted(optimum: Sequence[int]) -> tuple[list[Candidate], object]:
 
 
 @given(widths_of_tables, seeds)
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_parents_are_never_changed_by_what_comes_from_them(full: list[int], seed: int) -> None:
     generator = random.Random(seed)
     search = Evolution(full, EvolutionSettings(mutation_probability=0.9), seed=seed)
@@ -44,7 +44,7 @@ def test_parents_are_never_changed_by_what_comes_from_them(full: list[int], seed
 
 
 @given(widths_of_tables, seeds)
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_the_best_is_what_was_scored_best_in_any_generation(full: list[int], seed: int) -> None:
     scores: dict[Candidate, float] = {}
     generator = random.Random(seed)
@@ -61,7 +61,7 @@ def test_the_best_is_what_was_scored_best_in_any_generation(full: list[int], see
 
 
 @given(widths_of_tables, seeds)
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_children_are_cut_between_tables(full: list[int], seed: int) -> None:
     search = Evolution(full, EvolutionSettings())
     first, second = tuple(-1 for _ in full), tuple(-2 for _ in full)

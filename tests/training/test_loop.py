@@ -161,7 +161,7 @@ def test_a_factor_of_zero_moves_neither_tables_nor_dense_layers(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in state(loop).items())
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     killed_after=st.integers(1, 19),
     optimizer=st.sampled_from(["rowwise_adagrad", "adagrad", "sgd", "adam"]),
