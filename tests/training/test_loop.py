@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recemb.checkpoint import Checkpoints, load_model_tensors, load_state
-from recemb.evaluation.predictions import Diverged
+from recemb.evaluation.predictions import Diverged, collect
 from recemb.training.loop import LoopSettings, TrainingLoop
 from recemb.training.metrics_log import MetricsLog, read_metrics
 from recemb.training.progress import Progress
@@ -243,15 +243,23 @@ def test_a_loss_that_is_not_finite_names_step_epoch_and_rows_and_leaves_the_chec
     assert all(torch.isfinite(tensor).all() for tensor in loop.model.embeddings.state_dict().values())
 
 
-def test_a_validation_that_finds_the_model_diverged_says_after_which_step(tmp_path):
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_validation_fails_by_divergence_where_the_last_step_left_a_row_that_is_not_finite(tmp_path, poisoned):
     loop = make_loop(tmp_path, validate_every_steps=3)
 
     def validate() -> Mapping[str, float]:
-        raise Diverged("logit of its row 4 is inf")
+        if poisoned:
+            loop.model.embeddings.embedding_bags["t_C1"].weight.data[:] = float("inf")
+            collect(loop.model, batches(1))
+        raise ValueError("logit of its row 4 is inf")
 
     loop.validate = validate
-    with pytest.raises(Diverged, match=r"validation after step 3: logit of its row 4 is inf\. Lower optimizer"):
+    said = (
+        r"validation after step 3: .* the model has diverged\. Lower optimizer" if poisoned else "^logit of its row 4"
+    )
+    with pytest.raises(ValueError, match=said) as caught:
         run(loop, tmp_path)
+    assert isinstance(caught.value, Diverged) == poisoned
 
 
 def test_a_number_that_is_not_finite_is_named_with_its_column_and_row(tmp_path):
